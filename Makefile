@@ -1,0 +1,95 @@
+# Everything a developer runs, from a clean checkout:  make demo | test | lint | typecheck | gpu | bench
+#
+# Each target makes the environment it needs (.venv) and installs into it only when pyproject.toml or
+# constraints.txt have changed since.  Another interpreter to build .venv from:  make test PYTHON=python3.13
+# An interpreter that already has everything, without a .venv:                   make gpu PY=python3
+
+PYTHON ?= python3
+VENV   := .venv
+
+# Two workers with one thread each: torch's own threads would otherwise fight with the workers for the cores.
+WORKERS     ?= 2
+ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST_ARGS ?=
+
+# `make gpu`: what the command line is asked to train, and where it writes
+GPU_RUN      ?= runs/gpu-demo
+GPU_TRAINING ?= -m pyrodiff train digits --device cuda --out $(GPU_RUN)
+
+ifeq ($(origin PY),undefined)
+PY        := $(VENV)/bin/python
+PREPARED   = $(VENV)/.installed-test
+else
+PREPARED   =
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-fast test-modes lint format typecheck gpu bench clean
+
+help:  ## print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
+	    | awk -F '\t' '{ printf "  make %-11s %s\n", $$1, $$2 }'
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"pyrodiff needs Python 3.11 or later, and $(PYTHON) is {v[0]}.{v[1]}: name another one with  make PYTHON=python3.11 ...")'
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# $(call install,EXTRA): the two files are the stamp's prerequisites, so that a changed dependency is installed
+define install
+	@echo "installing pyrodiff[$(1)] into $(VENV), about a minute the first time"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$(1)]" -c constraints.txt
+	@touch $@
+endef
+
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(call install,demo)
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(call install,test)
+
+demo: $(VENV)/.installed-demo  ## train on 8x8 digits, print bits per dimension, draw samples (minutes, on a CPU)
+	$(VENV)/bin/pyrodiff train digits
+
+test: $(PREPARED)  ## the whole suite (tests that need CUDA skip themselves where there is none)
+	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-fast: $(PREPARED)  ## the suite without the tests marked slow
+	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+test-modes: $(PREPARED)  ## the fast tests again with Pyro's validation off, and again under python -O
+	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m "not slow" --no-validation $(PYTEST_ARGS)
+	$(ONE_THREAD) PYTHONOPTIMIZE=1 $(PY) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+lint: $(PREPARED)  ## ruff: rules and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(PREPARED)  ## let ruff repair what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+typecheck: $(PREPARED)  ## mypy over the library
+	$(PY) -m mypy
+
+# Exit code 3 stands for "no CUDA", so that a broken torch is still an error.
+# A GPU machine often has a bare pytest: options and settings of plugins are no error here.
+gpu: $(PREPARED)  ## tests marked gpu and a training run on CUDA; says so and ends well where there is none
+	@rc=0; $(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)' || rc=$$?; \
+	if [ $$rc -eq 3 ]; then echo "make gpu: SKIPPED, torch sees no CUDA device on this machine"; exit 0; fi; \
+	if [ $$rc -ne 0 ]; then echo "make gpu: could not ask torch for a CUDA device" >&2; exit $$rc; fi; \
+	set -ex; \
+	$(PY) -m pytest -o addopts=--strict-markers -W ignore::pytest.PytestConfigWarning \
+	    -m gpu $(PYTEST_ARGS); \
+	$(PY) $(GPU_TRAINING)
+
+bench: $(PREPARED)  ## run every script in benchmarks/
+	@set -e; for script in benchmarks/[!_]*.py; do \
+	    [ -e "$$script" ] || { echo "no scripts in benchmarks/"; break; }; \
+	    echo "== $$script"; $(PY) "$$script"; \
+	done
+
+clean:  ## remove .venv, caches and builds (runs/ stays)
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis docs/_build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,41 @@
+"""A Gaussian diffusion model as a Pyro program.
+
+Three files are the library: ``forward.py`` (q), ``reverse.py`` (p) and ``diffusion.py`` (the programs); the rest are
+accessories.
+"""
+
+from __future__ import annotations
+
+from . import distributions, errors, nets, schedules, timesteps
+from ._version import __version__
+from .diffusion import GaussianDiffusion
+from .distributions import DiscretizedNormal
+from .elbo import ELBOTerms, RenyiELBO, TraceMeanField_ELBO, bits_per_dim, elbo_terms
+from .forward import ForwardProcess
+from .reverse import ReverseKernel
+from .sample import sample, trajectory
+from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, TableSchedule
+
+__all__ = [
+    "CosineSchedule",
+    "DiscretizedNormal",
+    "ELBOTerms",
+    "ForwardProcess",
+    "GaussianDiffusion",
+    "LinearSchedule",
+    "LogLinearSchedule",
+    "RenyiELBO",
+    "ReverseKernel",
+    "TableSchedule",
+    "TraceMeanField_ELBO",
+    "__version__",
+    "bits_per_dim",
+    "distributions",
+    "elbo_terms",
+    "errors",
+    "nets",
+    "sample",
+    "schedules",
+    "timesteps",
+    "trajectory",
+]

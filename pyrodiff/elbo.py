@@ -1,0 +1,484 @@
+r"""The ELBO ledger: every term of the bound, with its standard error; and ELBOs that refuse to be silently wrong.
+
+.. math::
+
+    -\log p(x_0) \le
+    \underbrace{KL(q(x_T \mid x_0) \,\|\, p(x_T))}_{\text{prior}}
+    + \sum_{t=2}^{T} \underbrace{E\, KL(q(x_{t-1} \mid x_t, x_0) \,\|\, p(x_{t-1} \mid x_t))}_{\text{diffusion}}
+    \underbrace{-\, E \log p(x_0 \mid x_1)}_{\text{reconstruction}}
+
+Terms are in nats per example, summed over the event; :func:`bits_per_dim` changes the unit, at the edge.
+
+References:
+    Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 5. https://arxiv.org/abs/2006.11239
+    Variational Diffusion Models (Kingma et al., 2021), eq. 11. https://arxiv.org/abs/2107.00630
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import pyro.infer
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import kl_divergence
+from torch.distributions.kl import _KL_REGISTRY
+from tqdm.auto import tqdm
+
+from ._tensor import check_event
+from .diffusion import GaussianDiffusion
+from .errors import OptionError, ProgramError, ShapeError, check_option
+from .timesteps import low_discrepancy
+
+__all__ = [
+    "BitsPerDim",
+    "ELBOTerms",
+    "RenyiELBO",
+    "TraceMeanField_ELBO",
+    "bits_per_dim",
+    "elbo_terms",
+    "site_terms",
+]
+
+KLS = ("analytic", "monte_carlo")
+
+
+@dataclass(frozen=True)
+class ELBOTerms:
+    r"""The terms of the bound for B examples, in nats; all three are costs, and add up to ``-elbo``.
+
+    Attributes:
+        kl: ``"analytic"`` or ``"monte_carlo"``: how the prior and diffusion terms were computed.
+        dims: number of dims D of an example.
+        t: the timesteps of the diffusion columns: int64 ``[C]``, or ``[B, C]`` where each example has its own. All of
+            2..T unless subsampled.
+        weights: what each column is multiplied by in the sum over t, shape of ``t``: 1 for all timesteps, about
+            (T - 1) / C for subsampled ones.
+        draws: the terms by KL, before averaging over the R repeats: prior ``[R, B]``, diffusion ``[R, B, C]`` and
+            reconstruction ``[R, B]``, float64.
+        network_evaluations: forward passes of one example that it took.
+    """
+
+    kl: str
+    dims: int
+    t: Tensor
+    weights: Tensor
+    draws: dict[str, tuple[Tensor, Tensor, Tensor]]
+    network_evaluations: int
+
+    @property
+    def prior(self) -> Tensor:
+        """KL of the noisiest state from the prior, ``[B]``."""
+        return self.draws[self.kl][0].mean(0)
+
+    @property
+    def diffusion(self) -> Tensor:
+        """KL of each reverse step, unweighted: ``[B, C]``; with all timesteps, column j is t = j + 2."""
+        return self.draws[self.kl][1].mean(0)
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """Minus the decoder's log-probability of the data, ``[B]``."""
+        return self.draws[self.kl][2].mean(0)
+
+    @property
+    def elbo(self) -> Tensor:
+        """The evidence lower bound on log p(x_0), ``[B]``."""
+        return -self.parts()["total"].mean(0)
+
+    def by(self, kl: str) -> ELBOTerms:
+        """The same draws under the other KL: both come from the same network calls."""
+        check_option("kl", kl, KLS)
+        return replace(self, kl=kl)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Prior, diffusion (its weighted sum), reconstruction and total, each ``[R, B]``, nats."""
+        prior, diffusion, reconstruction = self.draws[self.kl]
+        diffusion = (diffusion * self.weights).sum(-1)
+        total = prior + diffusion + reconstruction
+        return {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction, "total": total}
+
+    def table(self) -> list[dict[str, float | str]]:
+        """The ledger: a row per part and KL, with nats and bits/dim and their standard errors."""
+        rows: list[dict[str, float | str]] = []
+        for kl in KLS:
+            for part, value in self.by(kl).parts().items():
+                nats = Estimate.of(value)
+                bits = bits_per_dim(self.by(kl), part)
+                rows.append(
+                    {"kl": kl, "part": part}
+                    | {f"nats_{k}": v for k, v in nats._asdict().items()}
+                    | {f"bits_per_dim_{k}": v for k, v in bits._asdict().items()}
+                )
+        return rows
+
+    def __str__(self) -> str:
+        head = f"{'KL':12s}{'part':16s}{'nats':>10s}{'± images':>10s}{'± noise':>10s}{'bits/dim':>12s}{'± images':>10s}{'± noise':>10s}"
+        lines = [head]
+        for row in self.table():
+            numbers = "".join(
+                f"{row[f'nats_{k}']:10.3f}" for k in Estimate._fields
+            ) + f"{row['bits_per_dim_mean']:12.4f}" + "".join(f"{row[f'bits_per_dim_{k}']:10.4f}" for k in Estimate._fields[1:])
+            lines.append(f"{row['kl']:12s}{row['part']:16s}{numbers}")
+        return "\n".join(lines)
+
+
+class Estimate(NamedTuple):
+    """A mean over images, with the two standard errors that must not be mixed up.
+
+    Attributes:
+        mean: the estimate.
+        se_examples: standard error over images (as drawn from the data's law), what remains of the noise included.
+        se_noise: standard error over timesteps and noise, given these images; NaN from a single repeat.
+    """
+
+    mean: float
+    se_examples: float
+    se_noise: float
+
+    @classmethod
+    def of(cls, draws: Tensor) -> Estimate:
+        """From ``[R, B]`` independent repeats for each of B images."""
+        repeats, examples = draws.shape
+        per_example = draws.mean(0)
+        se_examples = per_example.std().item() / math.sqrt(examples) if examples > 1 else math.nan
+        se_noise = math.nan
+        if repeats > 1:
+            se_noise = math.sqrt(draws.var(0).sum().item() / repeats) / examples
+        return cls(per_example.mean().item(), se_examples, se_noise)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} (± {self.se_examples:.4f} over images, ± {self.se_noise:.4f} over noise)"
+
+
+class BitsPerDim(Estimate):
+    """An :class:`Estimate` in bits per dim."""
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} bits/dim (± {self.se_examples:.4f} over images, ± {self.se_noise:.4f} over noise)"
+
+
+def bits_per_dim(terms: ELBOTerms, part: str = "total") -> BitsPerDim:
+    """Nats per example to bits per dim: divided by D ln 2.
+
+    Args:
+        terms: what :func:`elbo_terms` returned.
+        part: ``"total"`` (minus the ELBO), ``"prior"``, ``"diffusion"`` or ``"reconstruction"``.
+
+    Returns:
+        ``(mean, se_examples, se_noise)``; see :class:`Estimate`. ``se_noise`` needs ``elbo_terms(..., repeats=2)`` or more.
+    """
+    parts = terms.parts()
+    check_option("part", part, parts)
+    return BitsPerDim.of(parts[part] / (terms.dims * math.log(2)))
+
+
+# ---------------------------------------------------------------------- estimating the terms
+
+
+def elbo_terms(
+    diffusion: GaussianDiffusion,
+    x0: Tensor,
+    t: Tensor | int | None = None,
+    kl: str = "analytic",
+    chain: bool = True,
+    *,
+    weights: Tensor | None = None,
+    repeats: int = 1,
+    batch_size: int = 256,
+    progress: bool = False,
+    **cond: Tensor,
+) -> ELBOTerms:
+    """Estimate every term of the bound, for each example.
+
+    Read off the same distributions as the programs' sites: at one seed and in one batch, equal to the site terms of stock
+    Pyro's ELBO. Nothing is kept on the autograd graph; memory does not grow with T, and with the data only by the result.
+
+    Args:
+        diffusion: the model.
+        x0: data, ``[B, *event]``.
+        t: None for all timesteps. An integer C: that many per example, low-discrepancy over 2..T, fresh in every
+            repeat. A tensor ``[C]`` or ``[B, C]`` of steps in 2..T (then ``weights`` says how they were drawn). The
+            reconstruction, t = 1, is always evaluated.
+        kl: which KL the result shows; both are computed (see :meth:`ELBOTerms.by`).
+        chain: walk the guide's one chain x_T, ..., x_1 per example; False draws each x_t independently, as
+            guided-diffusion's ``calc_bpd_loop`` does, and as subsampled timesteps always are.
+        weights: 1 / (C p(t)) of the tensor t, of its shape; default (T - 1) / C, right for uniform draws.
+        repeats: independent repetitions R; from 2 on the estimates have a standard error over noise.
+        batch_size: examples per network call.
+        progress: show a progress bar after two seconds.
+        cond: passed to the network, a row per example.
+
+    Raises:
+        OptionError, ShapeError: an argument outside its range.
+    """
+    check_option("kl", kl, KLS)
+    check_event("x0", x0, diffusion.event_shape)
+    if x0.dim() != len(diffusion.event_shape) + 1 or not len(x0):
+        raise ShapeError(f"x0 has shape {list(x0.shape)}, not [B, *{list(diffusion.event_shape)}] with B >= 1")
+    if repeats < 1 or batch_size < 1:
+        raise OptionError(f"repeats={repeats!r} and batch_size={batch_size!r} must be at least 1")
+    steps, batch = diffusion.steps, len(x0)
+    columns = _columns(t, steps, batch, weights)
+    bar = tqdm(
+        total=repeats * batch, desc="scoring", unit="image", delay=2, disable=not progress, dynamic_ncols=True, leave=False
+    )
+    draws: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in KLS}
+    used_t, used_weights, evaluations = torch.empty(0), torch.empty(0), 0
+    with diffusion.evaluating(), torch.no_grad(), bar:
+        for _ in range(repeats):
+            used_t, used_weights = columns()
+            rows: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in KLS}
+            for first in range(0, batch, batch_size):
+                part = slice(first, first + batch_size)
+                walk = _chain_terms if t is None and chain else _independent_terms
+                part_t = used_t[part] if used_t.dim() == 2 else used_t
+                part_cond = {k: v[part] if isinstance(v, Tensor) and v.dim() else v for k, v in cond.items()}
+                found, calls = walk(diffusion, x0[part], part_t, part_cond, batch_size)
+                evaluations += calls
+                for name in KLS:
+                    rows[name].append(found[name])
+                bar.update(len(x0[part]))
+            for name in KLS:
+                draws[name].append(tuple(torch.cat(parts) for parts in zip(*rows[name], strict=True)))  # type: ignore[arg-type]
+    stacked = {name: tuple(torch.stack(parts) for parts in zip(*draws[name], strict=True)) for name in KLS}
+    dims = diffusion.event_shape.numel()
+    return ELBOTerms(kl, dims, used_t, used_weights, stacked, evaluations)  # type: ignore[arg-type]
+
+
+def _columns(
+    t: Tensor | int | None, steps: int, batch: int, weights: Tensor | None
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A function that gives the timesteps of one repeat, ``[C]`` or ``[B, C]``, and their weights."""
+    if t is None:
+        every = torch.arange(2, steps + 1)
+        return lambda: (every, torch.ones(len(every), dtype=torch.float64))
+    if isinstance(t, int):
+        if not (1 <= t and steps >= 2):
+            raise OptionError(f"t={t!r} timesteps per example is not at least 1, or T={steps} has none to draw from")
+        even = torch.full((batch, t), (steps - 1) / t, dtype=torch.float64)
+
+        def draw() -> tuple[Tensor, Tensor]:
+            # One offset per example, so that examples are independent; stratified within each.
+            offset = torch.rand(batch, 1, dtype=torch.float64)
+            u = (torch.arange(t, dtype=torch.float64) + offset) / t
+            return (u * (steps - 1)).long().clamp(max=steps - 2) + 2, even
+
+        return draw
+    if t.is_floating_point() or t.dim() not in (1, 2) or (t.dim() == 2 and len(t) != batch) or not t.numel():
+        raise ShapeError(f"t has shape {list(t.shape)} and dtype {t.dtype}; it must be integers [C] or [{batch}, C]")
+    if t.min() < 2 or t.max() > steps:
+        raise ShapeError(f"t has values in {int(t.min())}..{int(t.max())}; columns of the diffusion term are t = 2..{steps}")
+    if weights is None:
+        weights = torch.full(t.shape, (steps - 1) / t.shape[-1], dtype=torch.float64)
+    elif weights.shape != t.shape:
+        raise ShapeError(f"weights have shape {list(weights.shape)}, not that of t, {list(t.shape)}")
+    fixed = (t.cpu(), weights.double().cpu())
+    return lambda: fixed
+
+
+Terms = dict[str, tuple[Tensor, Tensor, Tensor]]
+
+
+def _chain_terms(
+    diffusion: GaussianDiffusion, x0: Tensor, t: Tensor, cond: dict[str, Tensor], rows: int
+) -> tuple[Terms, int]:
+    """Along one chain of the guide; draws in the guide's order."""
+    q, p, steps = diffusion.forward_process, diffusion.reverse_kernel, diffusion.steps
+    x_t, prior = _draw(q.marginal(x0, steps), q.prior(x0.shape, x0))
+    columns = []
+    for step in range(steps, 1, -1):
+        x_t, terms = _draw(q.posterior(x0, x_t, step), p(x_t, step, **cond))
+        columns.append(terms)
+    reconstruction = -p.decode(x_t, **cond).log_prob(x0).double().cpu()
+    empty = torch.zeros(len(x0), 0, dtype=torch.float64)
+    found = {}
+    for i, name in enumerate(KLS):
+        diffusion_terms = torch.stack([c[i] for c in reversed(columns)], dim=-1) if columns else empty
+        found[name] = (prior[i], diffusion_terms, reconstruction)
+    return found, steps * len(x0)
+
+
+def _independent_terms(
+    diffusion: GaussianDiffusion, x0: Tensor, t: Tensor, cond: dict[str, Tensor], rows: int
+) -> tuple[Terms, int]:
+    """Every x_t drawn on its own, from the marginal."""
+    q, p, steps = diffusion.forward_process, diffusion.reverse_kernel, diffusion.steps
+    batch = len(x0)
+    _, prior = _draw(q.marginal(x0, steps), q.prior(x0.shape, x0))
+    t = t.expand(batch, t.shape[-1]).to(x0.device)
+    columns = []
+    width = max(1, rows // batch)  # columns per network call: as many examples as the caller asked for
+    for first in range(0, t.shape[-1], width):
+        t_part = t[:, first : first + width].T  # [c, B]
+        x_t = q.marginal(x0, t_part).sample()
+        columns.append(_draw(q.posterior(x0, x_t, t_part), p(x_t, t_part, **cond))[1])
+    x_1 = q.marginal(x0, 1).sample()
+    reconstruction = -p.decode(x_1, **cond).log_prob(x0).double().cpu()
+    empty = torch.zeros(batch, 0, dtype=torch.float64)
+    found = {}
+    for i, name in enumerate(KLS):
+        diffusion_terms = torch.cat([c[i] for c in columns]).T if columns else empty
+        found[name] = (prior[i], diffusion_terms, reconstruction)
+    return found, (t.shape[-1] + 1) * batch
+
+
+def _draw(q: dist.TorchDistribution, p: dist.TorchDistribution) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A draw from q; and KL(q || p), analytic and by that draw, in float64 on the CPU."""
+    x = q.sample()
+    log_ratio = q.log_prob(x) - p.log_prob(x)
+    return x, (kl_divergence(q, p).double().cpu(), log_ratio.double().cpu())
+
+
+# ---------------------------------------------------------------------- Pyro's own terms, and strict ELBOs
+
+
+def site_terms(model_trace: Trace, guide_trace: Trace, kl: str = "analytic") -> dict[str, Tensor]:
+    """Each site's share of minus the ELBO, per example: what stock Pyro sums, before it sums.
+
+    Args:
+        model_trace, guide_trace: a guide's trace, and the model's replayed against it.
+        kl: ``"analytic"`` as ``TraceMeanField_ELBO``, ``"monte_carlo"`` as ``Trace_ELBO``.
+
+    Returns:
+        Site name to a tensor of its batch shape, nats, scaled and masked as the site is.
+    """
+    check_option("kl", kl, KLS)
+    terms = {}
+    for name, site in model_trace.nodes.items():
+        if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
+            continue
+        if site["is_observed"]:
+            terms[name] = -scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
+            continue
+        guide_site = guide_trace.nodes[name]
+        if kl == "analytic":
+            value = kl_divergence(guide_site["fn"], site["fn"])
+            terms[name] = scale_and_mask(value, guide_site["scale"], guide_site["mask"])
+        else:
+            log_q = scale_and_mask(
+                guide_site["fn"].log_prob(guide_site["value"]), guide_site["scale"], guide_site["mask"]
+            )
+            log_p = scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
+            terms[name] = log_q - log_p
+    return terms
+
+
+def _sites(trace: Trace) -> dict[str, dict[str, Any]]:
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
+    }
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two scales or masks are equal: the same object, or equal values."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        a, b = torch.as_tensor(a), torch.as_tensor(b)
+        return a.shape == b.shape and bool((a == b).all())
+    return bool(a == b)
+
+
+def _base(fn: Any) -> Any:
+    """A distribution without the wrappers that KLs see through."""
+    while True:
+        if isinstance(fn, torch.distributions.Independent):
+            fn = fn.base_dist
+        elif isinstance(fn, dist.torch_distribution.MaskedDistribution | dist.torch_distribution.ExpandedDistribution):
+            fn = fn.base_dist
+        else:
+            return fn
+
+
+def _registered(cls: type) -> set[type]:
+    """The class itself, and the torch class that Pyro's class of the same name merely wraps."""
+    return {cls} | {base for base in cls.__mro__[1:] if base.__name__ == cls.__name__}
+
+
+class TraceMeanField_ELBO(pyro.infer.TraceMeanField_ELBO):
+    """Pyro's ``TraceMeanField_ELBO``, refusing what it would get silently wrong.
+
+    Raises :class:`~pyrodiff.errors.ProgramError`, naming the site, when
+
+    * a latent site of the model is missing from the guide, or the other way round;
+    * the sites of the guide come in another order than the model's (for a chain: the mean-field condition is violated, and
+      the value can be several times off);
+    * a guide site is not reparameterised;
+    * no KL is registered for the very classes at a site (Pyro falls back to Monte Carlo, or takes a parent class's KL);
+    * model and guide carry different scales or masks at a site (Pyro reads the guide's only).
+
+    Whatever Pyro's validation flag says, and under ``python -O``.
+    """
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        check_mean_field(model_trace, guide_trace)
+        return model_trace, guide_trace
+
+
+def check_mean_field(model_trace: Trace, guide_trace: Trace) -> None:
+    """The checks of :class:`TraceMeanField_ELBO`."""
+    latents = {name: site for name, site in _sites(model_trace).items() if not site["is_observed"]}
+    guides = _sites(guide_trace)
+    _check_names(list(latents), list(guides))
+    if list(latents) != list(guides):
+        i = next(i for i, (a, b) in enumerate(zip(latents, guides, strict=True)) if a != b)
+        raise ProgramError(
+            f"site {list(guides)[i]!r} comes where the model has {list(latents)[i]!r}: with the guide in another order than "
+            "the model the analytic KL is wrong; run the guide noisiest first, or take Trace_ELBO"
+        )
+    for name, site in latents.items():
+        guide_site = guides[name]
+        q, p = _base(guide_site["fn"]), _base(site["fn"])
+        if not q.has_rsample:
+            raise ProgramError(f"guide site {name!r} ({type(q).__name__}) is not reparameterised; take Trace_ELBO")
+        pairs = ((a, b) for a in _registered(type(q)) for b in _registered(type(p)))
+        if not any(pair in _KL_REGISTRY for pair in pairs):
+            raise ProgramError(
+                f"no KL is registered for site {name!r}, {type(q).__name__} from {type(p).__name__} (a parent class's does not "
+                "count): Pyro would be silently wrong or noisy; register_kl it, or take Trace_ELBO"
+            )
+        for what in ("scale", "mask"):
+            if not _same(guide_site[what], site[what]):
+                raise ProgramError(f"model and guide have different {what}s at site {name!r}: the model's would be ignored")
+
+
+class RenyiELBO(pyro.infer.RenyiELBO):
+    """Pyro's ``RenyiELBO``, refusing scaled or masked sites.
+
+    Pyro exponentiates the scaled log-weights, so that with any scale but 1 (one timestep per example, ``data_size``, a mask)
+    the result is no bound: it can exceed log p(x_0) by tens of nats. Use it on the whole chain, without ``data_size``.
+
+    References:
+        Importance Weighted Autoencoders (Burda et al., 2015). https://arxiv.org/abs/1509.00519
+        Renyi Divergence Variational Inference (Li and Turner, 2016). https://arxiv.org/abs/1602.02311
+    """
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        latents = [name for name, site in _sites(model_trace).items() if not site["is_observed"]]
+        _check_names(latents, list(_sites(guide_trace)))
+        for trace in (model_trace, guide_trace):
+            for name, site in _sites(trace).items():
+                if not _same(site["scale"], 1.0) or not (site["mask"] is None or site["mask"] is True):
+                    raise ProgramError(
+                        f"site {name!r} is scaled or masked: a Renyi bound exponentiates the scale and would exceed "
+                        "log p(x_0); run the whole chain (no t), without data_size"
+                    )
+        return model_trace, guide_trace
+
+
+def _check_names(latents: list[str], guides: list[str]) -> None:
+    if missing := [name for name in latents if name not in guides]:
+        raise ProgramError(f"model site {missing[0]!r} is not in the guide, whose sites are {', '.join(guides) or 'none'}")
+    if extra := [name for name in guides if name not in latents]:
+        raise ProgramError(f"guide site {extra[0]!r} is not in the model, whose latent sites are {', '.join(latents)}")

@@ -1,0 +1,65 @@
+"""Exceptions and warnings of pyrodiff.
+
+::
+
+    PyrodiffError
+    ├── OptionError      (also ValueError)    an option outside its allowed set or range
+    ├── ShapeError       (also ValueError)    a tensor whose shape or dtype does not fit
+    ├── DataError        (also ValueError)    data that cannot be read or is not what it should be
+    ├── CheckpointError  (also RuntimeError)  a file that is not a sound checkpoint of ours
+    ├── ProgramError     (also RuntimeError)  a Pyro program used in a way that would be silently wrong
+    └── DivergenceError  (also RuntimeError)  training produced non-finite numbers repeatedly
+
+Everything the library raises on purpose derives from :class:`PyrodiffError`; the message is one line that names the
+offending value and what would be accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DivergenceError",
+    "OptionError",
+    "ProgramError",
+    "PyrodiffError",
+    "ShapeError",
+    "check_option",
+]
+
+
+class PyrodiffError(Exception):
+    """Base class of every error the library raises on purpose."""
+
+
+class OptionError(PyrodiffError, ValueError):
+    """An option has a value outside its allowed set or range."""
+
+
+class ShapeError(PyrodiffError, ValueError):
+    """A tensor has a shape or dtype that does not fit."""
+
+
+class DataError(PyrodiffError, ValueError):
+    """Data cannot be read, or is not what it is declared to be."""
+
+
+class CheckpointError(PyrodiffError, RuntimeError):
+    """A file is not a sound checkpoint of this library."""
+
+
+class ProgramError(PyrodiffError, RuntimeError):
+    """A Pyro program is used in a way that would give a silently wrong number."""
+
+
+class DivergenceError(PyrodiffError, RuntimeError):
+    """Training produced non-finite losses or gradients too many times in a row."""
+
+
+def check_option(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise :class:`OptionError` naming the value and the allowed set unless ``value`` is in ``allowed``."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise OptionError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,1 @@
+"""Weights of other libraries. Each module here is imported only when asked for."""

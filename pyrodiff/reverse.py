@@ -1,0 +1,297 @@
+r"""The reverse process p: what is learned.
+
+A network sees :math:`(x_t, \lambda_t)` and predicts, in one of several coordinates, the data. Put in the place of
+:math:`x_0`, its prediction :math:`\hat x_0` turns the forward process's posterior into the model:
+
+.. math::
+
+    p(x_s \mid x_t) = \mathcal N(a\, \hat x_0(x_t) + b\, x_t,\ \text{variance rule}), \qquad
+    p(x_0 \mid x_1) = \text{decoder with location } \hat x_0(x_1).
+
+The step to :math:`x_0` is the observed one and has a law of its own, so that no variance ever is 0 and none is clipped.
+
+References:
+    Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 1, 11, 13. https://arxiv.org/abs/2006.11239
+    Improved DDPM (Nichol and Dhariwal, 2021), eq. 15 (learned range). https://arxiv.org/abs/2102.09672
+    Progressive Distillation (Salimans and Ho, 2022), section 4 (v). https://arxiv.org/abs/2202.00512
+    Variational Diffusion Models (Kingma et al., 2021), eq. 8 (decoder scale). https://arxiv.org/abs/2107.00630
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ._tensor import append_dims
+from .distributions import DiscretizedNormal
+from .errors import OptionError, ProgramError, ShapeError, check_option
+from .forward import ForwardProcess, normal
+from .schedules import Schedule
+
+__all__ = ["PREDICTIONS", "VARIANCES", "Bins", "ReverseKernel"]
+
+# x0_hat = u * x_t + w * output, as a function of alpha and sigma. "previous" needs a and b: see ReverseKernel._predict.
+PREDICTIONS = {
+    "eps": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
+    "x0": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha)),
+    "v": lambda alpha, sigma: (alpha, -sigma),
+    "score": lambda alpha, sigma: (1 / alpha, sigma**2 / alpha),
+    "previous": None,
+}
+VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+DECODERS = ("vdm", "learned", "openai")
+
+Bins = tuple[int, float, float]
+
+
+class Prediction(NamedTuple):
+    """What one network call says, before it becomes a law."""
+
+    x0_hat: Tensor  # [*batch, *event], before clipping
+    variance_output: Tensor | None  # [*batch, *event]: the network's variance channels
+    mean: Tensor | None  # [*batch, *event]: the mean of x_s where the network predicts it directly ("previous")
+
+
+class ReverseKernel(nn.Module):
+    r"""The reverse kernel :math:`p(x_{t-1} \mid x_t)`: a module whose call returns a distribution.
+
+    Args:
+        net: ``net(x, log_snr, **cond)`` with x ``[N, *event]`` and log_snr ``[N]`` (x's dtype); returns ``[N, *event]``, or
+            twice the channels (the first event dim) for learned variances, the prediction first. Its attribute
+            ``cond_event_dims``, a dict, says how many dims each conditioning value has beyond N (default 0).
+        schedule: the noise schedule.
+        prediction: what the network's output is: ``"eps"``, ``"x0"``, ``"v"`` :math:`= \alpha\epsilon - \sigma x_0`, ``"score"``
+            :math:`= \nabla \log q(x_t)`, or ``"previous"``, the mean of :math:`x_{t-1}`.
+        variance: ``"fixed_small"`` :math:`\sigma_s^2 c`, ``"fixed_large"`` :math:`\sigma_t^2 c = \beta_t`, ``"learned"`` (the network's
+            log-variance), or ``"learned_range"`` (its interpolation of the two logs, -1 the small and 1 the large; not
+            clamped to that range).
+        decoder: scale of :math:`p(x_0 \mid x_1)`: ``"vdm"`` :math:`\sigma_1/\alpha_1`; ``"learned"``, one learned number that
+            starts there; ``"openai"``, guided-diffusion's: the posterior's variance at t = 2 for both fixed rules, the
+            network's own for the learned ones (needs T >= 2).
+        bins: ``(levels, low, high)`` of discrete data, low and high being the outermost values: the decoder is a
+            :class:`~pyrodiff.DiscretizedNormal`. None: continuous data, the decoder is Normal.
+        event_dim: number of event dims of x; None takes all dims of x_t beyond those of t.
+        clip: clamp :math:`\hat x_0` to the range of ``bins`` ([-1, 1] without bins), as guided-diffusion's ``clip_denoised``.
+
+    Raises:
+        OptionError: an option outside its set.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        schedule: Schedule,
+        prediction: str = "eps",
+        variance: str = "fixed_small",
+        decoder: str = "vdm",
+        bins: Bins | None = None,
+        event_dim: int | None = None,
+        clip: bool = False,
+    ) -> None:
+        super().__init__()
+        check_option("prediction", prediction, PREDICTIONS)
+        check_option("variance", variance, VARIANCES)
+        check_option("decoder", decoder, DECODERS)
+        if decoder == "openai" and schedule.steps < 2:
+            raise OptionError('decoder="openai" takes the posterior variance at t = 2: steps=1 has none')
+        if bins is not None:
+            levels, low, high = bins
+            if not (isinstance(levels, int) and levels >= 2 and low < high):
+                raise OptionError(f"bins={bins!r} is not (levels >= 2, low, high) with low < high")
+            bins = (levels, float(low), float(high))
+        self.net = net
+        self.forward_process = ForwardProcess(schedule, event_dim)
+        self.prediction, self.variance, self.decoder = prediction, variance, decoder
+        self.bins, self.clip = bins, clip
+        if decoder == "learned":
+            self.log_scale = nn.Parameter((-0.5 * schedule.log_snr(1).detach()).float())
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule."""
+        return self.forward_process.schedule
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network outputs variance channels."""
+        return self.variance in ("learned", "learned_range")
+
+    # ------------------------------------------------------------------ the laws
+
+    def forward(self, x_t: Tensor, t: int | Tensor, **cond: Tensor) -> dist.TorchDistribution:
+        r"""The law of :math:`x_{t-1}` given :math:`x_t`, always Normal.
+
+        At t = 1 it is the Normal behind the decoder: its loc and scale, without bins.
+
+        Args:
+            x_t: ``[*batch, *event]``.
+            t: step(s) in 1..T, broadcasting with ``batch``.
+            cond: passed to the network; batch dims broadcast with ``batch``.
+        """
+        t = self._as_steps(x_t, t)
+        predicted = self._predict(x_t, t, cond)
+        loc, scale = self._decoder_terms(predicted, x_t, t)
+        if self.schedule.steps > 1:
+            loc_s, scale_s = self._x_s_terms(predicted, x_t, t)
+            first = append_dims(t == 1, self._event_dim(x_t, t))
+            loc, scale = torch.where(first, loc, loc_s), torch.where(first, scale, scale_s)
+        return normal(loc, scale, self._event_dim(x_t, t))
+
+    def both(
+        self, x_t: Tensor, t: int | Tensor, **cond: Tensor
+    ) -> tuple[dist.TorchDistribution, dist.TorchDistribution]:
+        r"""The laws of :math:`x_{t-1}` and of :math:`x_0` (the decoder's), from one network call.
+
+        What a batch of mixed timesteps needs: the first is meant where t >= 2 and the second where t = 1. Elsewhere they
+        are proper but meaningless (the first as if t were 2), to be masked out.
+
+        Raises:
+            ProgramError: T = 1, where there is no :math:`x_{t-1}` but :math:`x_0`; use :meth:`decode`.
+        """
+        if self.schedule.steps < 2:
+            raise ProgramError("with steps=1 the only law is the decoder's: use decode(x_1)")
+        t = self._as_steps(x_t, t)
+        law_of_x_s, law_of_x_0 = self.laws(self._predict(x_t, t, cond), x_t, t)
+        return law_of_x_s, law_of_x_0
+
+    def decode(self, x_1: Tensor, **cond: Tensor) -> dist.TorchDistribution:
+        r"""The decoder :math:`p(x_0 \mid x_1)`: a ``DiscretizedNormal`` with bins, a Normal without (DDPM eq. 13)."""
+        t = self._as_steps(x_1, 1)
+        predicted = self._predict(x_1, t, cond)
+        return self.law_of_x_0(*self._decoder_terms(predicted, x_1, t), self._event_dim(x_1, t))
+
+    def denoise(self, x_t: Tensor, t: int | Tensor, **cond: Tensor) -> Tensor:
+        r""":math:`\hat x_0(x_t)`, the network's estimate of :math:`E[x_0 \mid x_t]`, ``[*batch, *event]``; clipped if asked."""
+        return self._clipped(self._predict(x_t, self._as_steps(x_t, t), cond).x0_hat)
+
+    def respace(self, spec: str | int | Sequence[int]) -> ReverseKernel:
+        """The kernel of a shorter chain (see :meth:`~pyrodiff.schedules.Schedule.respace`), around the same network."""
+        kernel = copy.copy(self)
+        kernel._modules = dict(self._modules)
+        kernel.forward_process = ForwardProcess(self.schedule.respace(spec), self.forward_process.event_dim)
+        return kernel
+
+    # ------------------------------------------------------------------ their parts
+
+    def laws(
+        self, predicted: Prediction, x_t: Tensor, t: Tensor
+    ) -> tuple[dist.TorchDistribution | None, dist.TorchDistribution]:
+        """:meth:`both`, from a prediction made before; the first is None when T = 1."""
+        event_dim = self._event_dim(x_t, t)
+        law_of_x_s = normal(*self._x_s_terms(predicted, x_t, t), event_dim) if self.schedule.steps > 1 else None
+        return law_of_x_s, self.law_of_x_0(*self._decoder_terms(predicted, x_t, t), event_dim)
+
+    def predict(self, x_t: Tensor, t: int | Tensor, **cond: Tensor) -> Prediction:
+        """One network call, as x0_hat (before clipping) and the variance channels."""
+        return self._predict(x_t, self._as_steps(x_t, t), cond)
+
+    def _x_s_terms(self, predicted: Prediction, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        # Rows at t = 1 are masked by the caller; t = 2 in their place keeps every scale positive.
+        _, a, b, small, large = self.forward_process.posterior_terms(x_t, t.clamp(min=2))
+        mean = predicted.mean
+        if mean is None:
+            mean = a * self._clipped(predicted.x0_hat) + b * x_t
+        return mean, self._scale(small, large, predicted)
+
+    def _decoder_terms(self, predicted: Prediction, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        loc = self._clipped(predicted.x0_hat) if predicted.mean is None else predicted.mean
+        if self.decoder == "learned":
+            return loc, self.log_scale.exp().to(loc.dtype)
+        if self.decoder == "vdm":
+            log_snr = self.schedule.log_snr(torch.ones_like(t))
+            scale = (-0.5 * log_snr).exp().to(loc.dtype)
+            return loc, append_dims(scale, self._event_dim(x_t, t) - self.schedule.event_dim)
+        _, _, _, small, _ = self.forward_process.posterior_terms(x_t, torch.full_like(t, 2))
+        large = small
+        if self.learned_variance:
+            _, _, _, _, large = self.forward_process.posterior_terms(x_t, torch.ones_like(t))
+        return loc, self._scale(small, large, predicted)
+
+    def _scale(self, small: Tensor, large: Tensor, predicted: Prediction) -> Tensor:
+        """Standard deviation by the variance rule, from the two fixed variances (float64)."""
+        dtype = predicted.x0_hat.dtype
+        if predicted.variance_output is None:  # no logarithm on the way: q and p share every bit of fixed_small
+            return (large if self.variance == "fixed_large" else small).sqrt().to(dtype)
+        log_variance = predicted.variance_output
+        if self.variance == "learned_range":
+            weight = (log_variance + 1) / 2
+            log_variance = torch.lerp(small.log().to(dtype), large.log().to(dtype), weight)
+        return (0.5 * log_variance).exp()
+
+    def law_of_x_0(self, loc: Tensor, scale: Tensor, event_dim: int) -> dist.TorchDistribution:
+        """The decoder of that location and scale: discretised where there are bins."""
+        if self.bins is None:
+            return normal(loc, scale, event_dim)
+        levels, low, high = self.bins
+        return DiscretizedNormal(loc, scale, (high - low) / (levels - 1), low, high).to_event(event_dim)
+
+    def _clipped(self, x0_hat: Tensor) -> Tensor:
+        if not self.clip:
+            return x0_hat
+        _, low, high = self.bins or (0, -1.0, 1.0)
+        return x0_hat.clamp(low, high)
+
+    # ------------------------------------------------------------------ the network
+
+    def _as_steps(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        return torch.as_tensor(t, device=x_t.device)
+
+    def _event_dim(self, x_t: Tensor, t: Tensor) -> int:
+        event_dim = self.forward_process.event_dim
+        return x_t.dim() - t.dim() if event_dim is None else event_dim
+
+    def _predict(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Prediction:
+        event_dim = self._event_dim(x_t, t)
+        output = self._call_net(x_t, t, cond, event_dim)
+        variance_output = None
+        if self.learned_variance:
+            output, variance_output = output.chunk(2, dim=-event_dim)
+        if self.prediction == "previous":
+            _, a, b, _, _ = self.forward_process.posterior_terms(x_t, t)
+            return Prediction((output - b * x_t) / a, variance_output, output)
+        log_snr = append_dims(self.schedule.log_snr(t), event_dim - self.schedule.event_dim)
+        u, w = PREDICTIONS[self.prediction](log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt())
+        return Prediction(u.to(x_t.dtype) * x_t + w.to(x_t.dtype) * output, variance_output, None)
+
+    def _call_net(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], event_dim: int) -> Tensor:
+        """Broadcast every batch dim, show the network one flat batch, restore the shape and the dtype."""
+        event_shape = x_t.shape[x_t.dim() - event_dim :]
+        dims = getattr(self.net, "cond_event_dims", {})
+        # A value's batch shape, and what it has beyond.
+        split = {k: v.dim() - dims.get(k, 0) for k, v in cond.items() if isinstance(v, Tensor)}
+        batches = [x_t.shape[: x_t.dim() - event_dim], t.shape, *(cond[k].shape[:n] for k, n in split.items())]
+        try:
+            batch_shape = torch.broadcast_shapes(*batches)
+        except RuntimeError:
+            shapes = ", ".join(str(list(b)) for b in batches)
+            raise ShapeError(f"batch shapes of x_t, t and {', '.join(cond) or 'nothing else'} differ: {shapes}") from None
+
+        def flat(value: Tensor, n: int) -> Tensor:
+            """``[*batch, *rest]`` to ``[N, *rest]``, where batch has ``n`` dims."""
+            rest = value.shape[n:]
+            return value.expand(batch_shape + rest).reshape((-1, *rest))
+
+        log_snr = self.schedule.log_snr(t).to(x_t.dtype)
+        if self.schedule.event_dim:  # a schedule per element: the network sees its mean
+            log_snr = log_snr.flatten(-self.schedule.event_dim).mean(-1)
+        flat_cond = {k: flat(v, split[k]) if k in split else v for k, v in cond.items()}
+        output = self.net(flat(x_t, x_t.dim() - event_dim), flat(log_snr, t.dim()), **flat_cond)
+        expected = list(event_shape)
+        if self.learned_variance and expected:
+            expected[0] *= 2
+        if list(output.shape[1:]) != expected:
+            raise ShapeError(
+                f"the network returns events of shape {list(output.shape[1:])}, not {expected} "
+                f"(variance={self.variance!r}{', twice the channels' if self.learned_variance else ''})"
+            )
+        # Whatever precision the network ran in, the coefficients that follow need the data's.
+        return output.to(x_t.dtype).reshape(batch_shape + output.shape[1:])
+
+    def extra_repr(self) -> str:
+        """Shown by ``print``."""
+        return f"prediction={self.prediction!r}, variance={self.variance!r}, decoder={self.decoder!r}, bins={self.bins}"
