@@ -23,8 +23,9 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -35,15 +36,15 @@ from torch import Tensor, nn
 
 from ._tensor import append_dims, check_event, sum_event
 from .errors import OptionError, ProgramError, ShapeError, check_option
-from .forward import ForwardProcess, normal
+from .forward import ForwardProcess
 from .reverse import Bins, Prediction, ReverseKernel
 from .schedules import Schedule
 
 __all__ = ["OBJECTIVES", "GaussianDiffusion"]
 
 # Weight of |x0 - x0_hat|^2 as a function of (SNR, weight that makes it the error of the network's own target).
-OBJECTIVES = {
-    "elbo": None,
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "elbo": lambda snr, own: torch.zeros_like(snr),  # no error term: the sites themselves
     "simple": lambda snr, own: own,
     "min_snr": lambda snr, own: snr.clamp(max=5.0),
     "p2": lambda snr, own: snr / (1 + snr),
@@ -172,6 +173,8 @@ class GaussianDiffusion(nn.Module):
 class Program(nn.Module):
     """What the programs share: the plate, the site names, the parameters, and the scale and mask of each site."""
 
+    diffusion: GaussianDiffusion
+
     def __init__(self, diffusion: GaussianDiffusion) -> None:
         super().__init__()
         self.__dict__["diffusion"] = diffusion  # not a child: it owns this module
@@ -194,7 +197,9 @@ class Program(nn.Module):
         check_event("x0", x0, diffusion.event_shape)
         batch = x0.shape[: x0.dim() - len(diffusion.event_shape)]
         if not batch.numel() or not batch:
-            raise ShapeError(f"x0 has shape {list(x0.shape)}, not [*plates, B, *{list(diffusion.event_shape)}] with B >= 1")
+            raise ShapeError(
+                f"x0 has shape {list(x0.shape)}, not [*plates, B, *{list(diffusion.event_shape)}] with B >= 1"
+            )
         if is_validation_enabled() and x0.device.type != "meta" and not x0.isfinite().all():
             raise ShapeError("x0 holds NaN or infinite values")
         return batch[-1]
@@ -203,18 +208,23 @@ class Program(nn.Module):
         diffusion = self.diffusion
         name = f"{diffusion.name}_data" if diffusion.name else "data"
         # Indices as a range, or the plate would make a tensor of them, and permute the whole data set for it.
-        return pyro.plate(name, diffusion.data_size or size, subsample=range(size), dim=-1)
+        indices: Any = range(size)
+        return pyro.plate(name, diffusion.data_size or size, subsample=indices, dim=-1)
 
-    def _one_step(self, x0: Tensor | None, t: Tensor, weight: Tensor | float | None) -> tuple[Tensor, Tensor | float]:
-        """Checks the arguments of a one-timestep program; returns t and the weight."""
+    def _one_step(
+        self, x0: Tensor | None, t: Tensor, weight: Tensor | float | None
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The arguments of a one-timestep program, checked."""
         if x0 is None:
-            raise ProgramError("a one-timestep program needs x0: without it x_t cannot be drawn; drop t to sample the chain")
+            raise ProgramError(
+                "a one-timestep program needs x0: without it x_t cannot be drawn; drop t to sample the chain"
+            )
         if not isinstance(t, Tensor):
             raise ShapeError(f"t is a {type(t).__name__}, not an integer tensor of one step in 1..T per example")
         steps = self.diffusion.steps
         if t.device.type == "cpu" and t.numel() and t.min() < 1:
             raise ShapeError(f"t has values in {int(t.min())}..{int(t.max())}; timesteps are in 1..{steps}")
-        return t, float(steps) if weight is None else weight
+        return x0, t, float(steps) if weight is None else weight
 
     def _check_batch(self, t: Tensor, x_T: Tensor) -> None:
         batch = x_T.shape[: x_T.dim() - len(self.diffusion.event_shape)]
@@ -225,7 +235,7 @@ class Program(nn.Module):
             )
 
     @contextmanager
-    def _bound_site(self, weight: Tensor | float, mask: Tensor) -> Iterator[None]:
+    def _bound_site(self, weight: Tensor | float, mask: Any) -> Iterator[None]:
         """Scale and mask of a site that only some examples have, the same in both programs."""
         objective = self.diffusion.objective
         with ExitStack() as stack:
@@ -276,7 +286,7 @@ class Model(Program):
             x_T = self._q.prior((size, *self.diffusion.event_shape), like)
             if t is None:
                 return self._chain(x0, x_T, cond)
-            return self._step(x0, x_T, *self._one_step(x0, t, weight), cond)
+            return self._step(*self._one_step(x0, t, weight), x_T, cond)
 
     def _chain(self, x0: Tensor | None, x_T: dist.TorchDistribution, cond: dict[str, Tensor]) -> Tensor:
         p, steps = self.reverse_kernel, self.diffusion.steps
@@ -286,7 +296,7 @@ class Model(Program):
         return pyro.sample(self._site(0), p.decode(x_t, **cond), obs=x0)
 
     def _step(
-        self, x0: Tensor, x_T: dist.TorchDistribution, t: Tensor, weight: Tensor | float, cond: dict[str, Tensor]
+        self, x0: Tensor, t: Tensor, weight: Tensor | float, x_T: dist.TorchDistribution, cond: dict[str, Tensor]
     ) -> Tensor:
         p, objective = self.reverse_kernel, self.diffusion.objective
         with poutine.mask(mask=objective == "elbo"):
@@ -349,7 +359,7 @@ class Guide(Program):
         with self._plate(self._batch(x0, cond)):
             if t is None:
                 return self._chain(x0)
-            return self._step(x0, *self._one_step(x0, t, weight))
+            return self._step(*self._one_step(x0, t, weight))
 
     def _chain(self, x0: Tensor) -> Tensor:
         q, steps = self.forward_process, self.diffusion.steps

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pyro.distributions as dist
 import pyro.infer
@@ -34,7 +34,6 @@ from tqdm.auto import tqdm
 from ._tensor import check_event
 from .diffusion import GaussianDiffusion
 from .errors import OptionError, ProgramError, ShapeError, check_option
-from .timesteps import low_discrepancy
 
 __all__ = [
     "BitsPerDim",
@@ -122,9 +121,11 @@ class ELBOTerms:
         head = f"{'KL':12s}{'part':16s}{'nats':>10s}{'± images':>10s}{'± noise':>10s}{'bits/dim':>12s}{'± images':>10s}{'± noise':>10s}"
         lines = [head]
         for row in self.table():
-            numbers = "".join(
-                f"{row[f'nats_{k}']:10.3f}" for k in Estimate._fields
-            ) + f"{row['bits_per_dim_mean']:12.4f}" + "".join(f"{row[f'bits_per_dim_{k}']:10.4f}" for k in Estimate._fields[1:])
+            numbers = (
+                "".join(f"{row[f'nats_{k}']:10.3f}" for k in Estimate._fields)
+                + f"{row['bits_per_dim_mean']:12.4f}"
+                + "".join(f"{row[f'bits_per_dim_{k}']:10.4f}" for k in Estimate._fields[1:])
+            )
             lines.append(f"{row['kl']:12s}{row['part']:16s}{numbers}")
         return "\n".join(lines)
 
@@ -143,7 +144,7 @@ class Estimate(NamedTuple):
     se_noise: float
 
     @classmethod
-    def of(cls, draws: Tensor) -> Estimate:
+    def of(cls, draws: Tensor) -> Self:
         """From ``[R, B]`` independent repeats for each of B images."""
         repeats, examples = draws.shape
         per_example = draws.mean(0)
@@ -227,7 +228,13 @@ def elbo_terms(
     steps, batch = diffusion.steps, len(x0)
     columns = _columns(t, steps, batch, weights)
     bar = tqdm(
-        total=repeats * batch, desc="scoring", unit="image", delay=2, disable=not progress, dynamic_ncols=True, leave=False
+        total=repeats * batch,
+        desc="scoring",
+        unit="image",
+        delay=2,
+        disable=not progress,
+        dynamic_ncols=True,
+        leave=False,
     )
     draws: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in KLS}
     used_t, used_weights, evaluations = torch.empty(0), torch.empty(0), 0
@@ -274,7 +281,9 @@ def _columns(
     if t.is_floating_point() or t.dim() not in (1, 2) or (t.dim() == 2 and len(t) != batch) or not t.numel():
         raise ShapeError(f"t has shape {list(t.shape)} and dtype {t.dtype}; it must be integers [C] or [{batch}, C]")
     if t.min() < 2 or t.max() > steps:
-        raise ShapeError(f"t has values in {int(t.min())}..{int(t.max())}; columns of the diffusion term are t = 2..{steps}")
+        raise ShapeError(
+            f"t has values in {int(t.min())}..{int(t.max())}; columns of the diffusion term are t = 2..{steps}"
+        )
     if weights is None:
         weights = torch.full(t.shape, (steps - 1) / t.shape[-1], dtype=torch.float64)
     elif weights.shape != t.shape:
@@ -350,27 +359,24 @@ def site_terms(model_trace: Trace, guide_trace: Trace, kl: str = "analytic") -> 
         Site name to a tensor of its batch shape, nats, scaled and masked as the site is.
     """
     check_option("kl", kl, KLS)
-    terms = {}
-    for name, site in model_trace.nodes.items():
-        if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
-            continue
+
+    def log_prob(site: dict[str, Any]) -> Tensor:
+        return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
+
+    terms, guides = {}, _sites(guide_trace)
+    for name, site in _sites(model_trace).items():
         if site["is_observed"]:
-            terms[name] = -scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
-            continue
-        guide_site = guide_trace.nodes[name]
-        if kl == "analytic":
-            value = kl_divergence(guide_site["fn"], site["fn"])
-            terms[name] = scale_and_mask(value, guide_site["scale"], guide_site["mask"])
+            terms[name] = -log_prob(site)
+        elif kl == "analytic":
+            q = guides[name]
+            terms[name] = scale_and_mask(kl_divergence(q["fn"], site["fn"]), q["scale"], q["mask"])
         else:
-            log_q = scale_and_mask(
-                guide_site["fn"].log_prob(guide_site["value"]), guide_site["scale"], guide_site["mask"]
-            )
-            log_p = scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
-            terms[name] = log_q - log_p
+            terms[name] = log_prob(guides[name]) - log_prob(site)
     return terms
 
 
-def _sites(trace: Trace) -> dict[str, dict[str, Any]]:
+def _sites(trace: Trace) -> dict[str, Any]:
+    """The sample sites, without those by which plates pick their indices."""
     return {
         name: site
         for name, site in trace.nodes.items()
@@ -449,7 +455,9 @@ def check_mean_field(model_trace: Trace, guide_trace: Trace) -> None:
             )
         for what in ("scale", "mask"):
             if not _same(guide_site[what], site[what]):
-                raise ProgramError(f"model and guide have different {what}s at site {name!r}: the model's would be ignored")
+                raise ProgramError(
+                    f"model and guide have different {what}s at site {name!r}: the model's would be ignored"
+                )
 
 
 class RenyiELBO(pyro.infer.RenyiELBO):
@@ -479,6 +487,8 @@ class RenyiELBO(pyro.infer.RenyiELBO):
 
 def _check_names(latents: list[str], guides: list[str]) -> None:
     if missing := [name for name in latents if name not in guides]:
-        raise ProgramError(f"model site {missing[0]!r} is not in the guide, whose sites are {', '.join(guides) or 'none'}")
+        raise ProgramError(
+            f"model site {missing[0]!r} is not in the guide, whose sites are {', '.join(guides) or 'none'}"
+        )
     if extra := [name for name in guides if name not in latents]:
         raise ProgramError(f"guide site {extra[0]!r} is not in the model, whose latent sites are {', '.join(latents)}")

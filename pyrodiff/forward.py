@@ -17,23 +17,16 @@ References:
 
 from __future__ import annotations
 
-import pyro.distributions as dist
+from pyro.distributions import TorchDistribution
 import torch
 from torch import Tensor, nn
 
 from ._tensor import append_dims
+from .distributions import Gaussian
 from .errors import ProgramError
 from .schedules import Schedule
 
-__all__ = ["ForwardProcess", "normal"]
-
-
-def normal(loc: Tensor, scale: Tensor, event_dim: int) -> dist.TorchDistribution:
-    """Independent Normals over the last ``event_dim`` dims.
-
-    Parameters made here are right by construction: checking them again would cost a wait for the device per site.
-    """
-    return dist.Normal(loc, scale, validate_args=False).to_event(event_dim)
+__all__ = ["ForwardProcess"]
 
 
 class ForwardProcess(nn.Module):
@@ -59,21 +52,21 @@ class ForwardProcess(nn.Module):
         appended = event_dim - self.schedule.event_dim
         return event_dim, [append_dims(self.schedule.log_snr(t), appended) for t in ts]
 
-    def marginal(self, x0: Tensor, t: int | Tensor) -> dist.TorchDistribution:
+    def marginal(self, x0: Tensor, t: int | Tensor) -> TorchDistribution:
         r""":math:`q(x_t \mid x_0) = \mathcal N(\alpha_t x_0, \sigma_t^2)`, DDPM eq. 4; guided-diffusion's ``q_mean_variance``."""
         event_dim, (log_snr,) = self._steps(x0, t)
         alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
-        return normal(alpha.to(x0.dtype) * x0, sigma.to(x0.dtype), event_dim)
+        return Gaussian(alpha.to(x0.dtype) * x0, sigma.to(x0.dtype)).to_event(event_dim)
 
-    def transition(self, x_s: Tensor, s: int | Tensor, t: int | Tensor) -> dist.TorchDistribution:
+    def transition(self, x_s: Tensor, s: int | Tensor, t: int | Tensor) -> TorchDistribution:
         r""":math:`q(x_t \mid x_s)` for :math:`0 \le s < t`; DDPM eq. 2 when s = t - 1 (then :math:`\sigma_t^2 c = \beta_t`)."""
         event_dim, (log_snr_s, log_snr_t) = self._steps(x_s, s, t)
         ratio = (log_snr_t.sigmoid() / log_snr_s.sigmoid()).sqrt()
         c = -torch.expm1(log_snr_t - log_snr_s)
         std = ((-log_snr_t).sigmoid() * c).sqrt()
-        return normal(ratio.to(x_s.dtype) * x_s, std.to(x_s.dtype), event_dim)
+        return Gaussian(ratio.to(x_s.dtype) * x_s, std.to(x_s.dtype)).to_event(event_dim)
 
-    def posterior(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> dist.TorchDistribution:
+    def posterior(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> TorchDistribution:
         r""":math:`q(x_{t-1} \mid x_t, x_0)`, DDPM eq. 6-7; guided-diffusion's ``q_posterior_mean_variance``.
 
         Args:
@@ -88,7 +81,7 @@ class ForwardProcess(nn.Module):
         if t.device.type == "cpu" and t.numel() and t.min() < 2:
             raise ProgramError("q(x_0 | x_1, x_0) is a point mass: posterior needs t >= 2; p(x_0 | x_1) is the decoder")
         event_dim, a, b, small, _ = self.posterior_terms(x_t, t)
-        return normal(a * x0 + b * x_t, small.sqrt().to(x_t.dtype), event_dim)
+        return Gaussian(a * x0 + b * x_t, small.sqrt().to(x_t.dtype)).to_event(event_dim)
 
     def posterior_terms(self, x_t: Tensor, t: int | Tensor) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
         r"""What :math:`q(x_{t-1} \mid x_t, x_0)` is made of, shaped to broadcast over x_t.
@@ -105,7 +98,7 @@ class ForwardProcess(nn.Module):
         small, large = (-log_snr_s).sigmoid() * c, (-log_snr_t).sigmoid() * c
         return event_dim, a.to(x_t.dtype), b.to(x_t.dtype), small, large
 
-    def prior(self, shape: torch.Size | tuple[int, ...], like: Tensor | None = None) -> dist.TorchDistribution:
+    def prior(self, shape: torch.Size | tuple[int, ...], like: Tensor | None = None) -> TorchDistribution:
         r""":math:`p(x_T) = \mathcal N(0, 1)`.
 
         Args:
@@ -114,4 +107,4 @@ class ForwardProcess(nn.Module):
         """
         event_dim = len(shape) if self.event_dim is None else self.event_dim
         zero = torch.zeros((), dtype=None if like is None else like.dtype, device=None if like is None else like.device)
-        return normal(zero.expand(shape), (zero + 1).expand(shape), event_dim)
+        return Gaussian(zero.expand(shape), zero + 1).to_event(event_dim)

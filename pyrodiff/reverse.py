@@ -20,29 +20,29 @@ References:
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from ._tensor import append_dims
-from .distributions import DiscretizedNormal
+from .distributions import DiscretizedNormal, Gaussian
 from .errors import OptionError, ProgramError, ShapeError, check_option
-from .forward import ForwardProcess, normal
+from .forward import ForwardProcess
 from .schedules import Schedule
 
 __all__ = ["PREDICTIONS", "VARIANCES", "Bins", "ReverseKernel"]
 
 # x0_hat = u * x_t + w * output, as a function of alpha and sigma. "previous" needs a and b: see ReverseKernel._predict.
-PREDICTIONS = {
+COORDINATES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "eps": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
     "x0": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha)),
     "v": lambda alpha, sigma: (alpha, -sigma),
     "score": lambda alpha, sigma: (1 / alpha, sigma**2 / alpha),
-    "previous": None,
 }
+PREDICTIONS = (*COORDINATES, "previous")
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 DECODERS = ("vdm", "learned", "openai")
 
@@ -123,7 +123,7 @@ class ReverseKernel(nn.Module):
 
     # ------------------------------------------------------------------ the laws
 
-    def forward(self, x_t: Tensor, t: int | Tensor, **cond: Tensor) -> dist.TorchDistribution:
+    def forward(self, x_t: Tensor, t: int | Tensor, **cond: Tensor) -> TorchDistribution:
         r"""The law of :math:`x_{t-1}` given :math:`x_t`, always Normal.
 
         At t = 1 it is the Normal behind the decoder: its loc and scale, without bins.
@@ -140,11 +140,9 @@ class ReverseKernel(nn.Module):
             loc_s, scale_s = self._x_s_terms(predicted, x_t, t)
             first = append_dims(t == 1, self._event_dim(x_t, t))
             loc, scale = torch.where(first, loc, loc_s), torch.where(first, scale, scale_s)
-        return normal(loc, scale, self._event_dim(x_t, t))
+        return Gaussian(loc, scale).to_event(self._event_dim(x_t, t))
 
-    def both(
-        self, x_t: Tensor, t: int | Tensor, **cond: Tensor
-    ) -> tuple[dist.TorchDistribution, dist.TorchDistribution]:
+    def both(self, x_t: Tensor, t: int | Tensor, **cond: Tensor) -> tuple[TorchDistribution, TorchDistribution]:
         r"""The laws of :math:`x_{t-1}` and of :math:`x_0` (the decoder's), from one network call.
 
         What a batch of mixed timesteps needs: the first is meant where t >= 2 and the second where t = 1. Elsewhere they
@@ -156,10 +154,9 @@ class ReverseKernel(nn.Module):
         if self.schedule.steps < 2:
             raise ProgramError("with steps=1 the only law is the decoder's: use decode(x_1)")
         t = self._as_steps(x_t, t)
-        law_of_x_s, law_of_x_0 = self.laws(self._predict(x_t, t, cond), x_t, t)
-        return law_of_x_s, law_of_x_0
+        return self.laws(self._predict(x_t, t, cond), x_t, t)  # type: ignore[return-value]
 
-    def decode(self, x_1: Tensor, **cond: Tensor) -> dist.TorchDistribution:
+    def decode(self, x_1: Tensor, **cond: Tensor) -> TorchDistribution:
         r"""The decoder :math:`p(x_0 \mid x_1)`: a ``DiscretizedNormal`` with bins, a Normal without (DDPM eq. 13)."""
         t = self._as_steps(x_1, 1)
         predicted = self._predict(x_1, t, cond)
@@ -178,12 +175,12 @@ class ReverseKernel(nn.Module):
 
     # ------------------------------------------------------------------ their parts
 
-    def laws(
-        self, predicted: Prediction, x_t: Tensor, t: Tensor
-    ) -> tuple[dist.TorchDistribution | None, dist.TorchDistribution]:
+    def laws(self, predicted: Prediction, x_t: Tensor, t: Tensor) -> tuple[TorchDistribution | None, TorchDistribution]:
         """:meth:`both`, from a prediction made before; the first is None when T = 1."""
         event_dim = self._event_dim(x_t, t)
-        law_of_x_s = normal(*self._x_s_terms(predicted, x_t, t), event_dim) if self.schedule.steps > 1 else None
+        law_of_x_s = None
+        if self.schedule.steps > 1:
+            law_of_x_s = Gaussian(*self._x_s_terms(predicted, x_t, t)).to_event(event_dim)
         return law_of_x_s, self.law_of_x_0(*self._decoder_terms(predicted, x_t, t), event_dim)
 
     def predict(self, x_t: Tensor, t: int | Tensor, **cond: Tensor) -> Prediction:
@@ -223,10 +220,10 @@ class ReverseKernel(nn.Module):
             log_variance = torch.lerp(small.log().to(dtype), large.log().to(dtype), weight)
         return (0.5 * log_variance).exp()
 
-    def law_of_x_0(self, loc: Tensor, scale: Tensor, event_dim: int) -> dist.TorchDistribution:
+    def law_of_x_0(self, loc: Tensor, scale: Tensor, event_dim: int) -> TorchDistribution:
         """The decoder of that location and scale: discretised where there are bins."""
         if self.bins is None:
-            return normal(loc, scale, event_dim)
+            return Gaussian(loc, scale).to_event(event_dim)
         levels, low, high = self.bins
         return DiscretizedNormal(loc, scale, (high - low) / (levels - 1), low, high).to_event(event_dim)
 
@@ -255,7 +252,7 @@ class ReverseKernel(nn.Module):
             _, a, b, _, _ = self.forward_process.posterior_terms(x_t, t)
             return Prediction((output - b * x_t) / a, variance_output, output)
         log_snr = append_dims(self.schedule.log_snr(t), event_dim - self.schedule.event_dim)
-        u, w = PREDICTIONS[self.prediction](log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt())
+        u, w = COORDINATES[self.prediction](log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt())
         return Prediction(u.to(x_t.dtype) * x_t + w.to(x_t.dtype) * output, variance_output, None)
 
     def _call_net(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], event_dim: int) -> Tensor:
@@ -269,7 +266,9 @@ class ReverseKernel(nn.Module):
             batch_shape = torch.broadcast_shapes(*batches)
         except RuntimeError:
             shapes = ", ".join(str(list(b)) for b in batches)
-            raise ShapeError(f"batch shapes of x_t, t and {', '.join(cond) or 'nothing else'} differ: {shapes}") from None
+            raise ShapeError(
+                f"batch shapes of x_t, t and {', '.join(cond) or 'nothing else'} differ: {shapes}"
+            ) from None
 
         def flat(value: Tensor, n: int) -> Tensor:
             """``[*batch, *rest]`` to ``[N, *rest]``, where batch has ``n`` dims."""

@@ -142,7 +142,9 @@ def _walk(
         raise OptionError(f"eta={eta!r} is not in [0, 1]")
     for name, value in cond.items():
         if isinstance(value, Tensor) and value.dim() and len(value) != n:
-            raise ShapeError(f"{name} has {len(value)} rows for n={n} samples; give one each, or one value without batch dim")
+            raise ShapeError(
+                f"{name} has {len(value)} rows for n={n} samples; give one each, or one value without batch dim"
+            )
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     p = diffusion.reverse_kernel if steps is None else diffusion.reverse_kernel.respace(steps)
@@ -150,7 +152,13 @@ def _walk(
     length = p.schedule.steps
     batches = range(0, n, batch_size)
     bar = tqdm(
-        total=length * len(batches), desc="sampling", unit="step", delay=2, disable=not progress, dynamic_ncols=True, leave=False
+        total=length * len(batches),
+        desc="sampling",
+        unit="step",
+        delay=2,
+        disable=not progress,
+        dynamic_ncols=True,
+        leave=False,
     )
     with diffusion.evaluating(), torch.no_grad(), bar:
         for first in batches:

@@ -130,19 +130,25 @@ class _Tabulated(Schedule):
             ShapeError: ``t`` is not an integer, or outside 0..T.
         """
         t = torch.as_tensor(t)
-        if t.is_floating_point() or t.dtype == torch.bool:
-            raise ShapeError(f"t has dtype {t.dtype}; steps are integers in 0..{self.steps}")
-        # Reading a device tensor's values would wait for the device; there, indexing itself checks the upper end.
-        if t.device.type == "cpu" and t.numel() and not (0 <= t.min() and t.max() <= self.steps):
-            raise ShapeError(f"t has values in {int(t.min())}..{int(t.max())}; steps are in 0..{self.steps}")
         if t.device not in self._tables:
             self._tables[t.device] = self._tables[torch.device("cpu")].to(t.device)
-        return self._tables[t.device][t]
+        return _look_up(self._tables[t.device], t)
 
     def __getstate__(self) -> dict[str, object]:
         """Copies carry the table once, not once per device."""
         cpu = torch.device("cpu")
         return self.__dict__ | {"_tables": {cpu: self._tables[cpu]}}
+
+
+def _look_up(table: Tensor, t: Tensor) -> Tensor:
+    """``table[t]``, refusing what is not a step; a CUDA device asserts on its own."""
+    steps = len(table) - 1
+    if t.is_floating_point() or t.dtype == torch.bool:
+        raise ShapeError(f"t has dtype {t.dtype}; steps are integers in 0..{steps}")
+    try:  # unlike indexing, index_select refuses negative numbers; looking at t beforehand would cost as much again
+        return table.index_select(0, t.reshape(-1)).reshape(t.shape)
+    except IndexError:
+        raise ShapeError(f"t has values in {int(t.min())}..{int(t.max())}; steps are in 0..{steps}") from None
 
 
 def _check_steps(steps: int) -> int:
@@ -202,7 +208,9 @@ class LinearSchedule(TableSchedule):
     def __init__(self, steps: int = 1000) -> None:
         scale = 1000 / _check_steps(steps)
         if steps <= 20:
-            raise OptionError(f"LinearSchedule(steps={steps}): beta reaches 1 for steps <= 20; take CosineSchedule or LogLinearSchedule")
+            raise OptionError(
+                f"LinearSchedule(steps={steps}): beta reaches 1 for steps <= 20; take CosineSchedule or LogLinearSchedule"
+            )
         super().__init__(torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64))
 
     @property
@@ -289,9 +297,7 @@ class RespacedSchedule(Schedule):
         t = torch.as_tensor(t)
         if t.device not in self._kept:
             self._kept[t.device] = torch.tensor([0, *self.kept]).to(t.device)
-        if t.device.type == "cpu" and t.numel() and not (0 <= t.min() and t.max() <= self.steps):
-            raise ShapeError(f"t has values in {int(t.min())}..{int(t.max())}; steps are in 0..{self.steps}")
-        return self.base.log_snr(self._kept[t.device][t])
+        return self.base.log_snr(_look_up(self._kept[t.device], t))
 
     @property
     def config(self) -> dict[str, object]:
@@ -304,13 +310,15 @@ def kept_steps(steps: int, spec: str | int | Sequence[int]) -> list[int]:
     if isinstance(spec, int) and not isinstance(spec, bool):
         spec = str(spec)
     if not isinstance(spec, str):
-        return [int(t) for t in spec]
+        return [int(t) for t in spec]  # type: ignore[union-attr]
     if match := re.fullmatch(r"ddim(\d+)", spec):
         count = int(match[1])
         for stride in range(1, steps + 1):
             if len(range(0, steps, stride)) == count:
                 return list(range(1, steps + 1, stride))
-        raise OptionError(f"no whole stride keeps exactly {count} of {steps} steps; take {str(count)!r} for uneven ones")
+        raise OptionError(
+            f"no whole stride keeps exactly {count} of {steps} steps; take {str(count)!r} for uneven ones"
+        )
     if not re.fullmatch(r"\d+(,\d+)*", spec):
         raise OptionError(f"respacing {spec!r} is not 'ddimN', 'N', 'N1,N2,...' or a list of steps in 1..{steps}")
     counts = [int(part) for part in spec.split(",")]
@@ -319,8 +327,8 @@ def kept_steps(steps: int, spec: str | int | Sequence[int]) -> list[int]:
         size = steps // len(counts) + (i < steps % len(counts))
         if not 1 <= count <= size:
             raise OptionError(f"respacing {spec!r} asks for {count} steps of a section of {size}")
-        stride = (size - 1) / (count - 1) if count > 1 else 1
-        kept += [first + round(stride * k) for k in range(count)]
+        spread = (size - 1) / (count - 1) if count > 1 else 1.0
+        kept += [first + round(spread * k) for k in range(count)]
         first += size
     return kept
 

@@ -98,6 +98,36 @@ def test_unknown_keys_have_no_name(key):
     assert parameter_name(key, levels=2, blocks=1) is None
 
 
+@pytest.mark.parametrize(
+    ("foreign", "ours"),
+    [
+        ({}, {"heads": 1, "decoder_heads": None, "head_channels": None, "resample": "conv"}),
+        ({}, {"attention_order": "heads_first", "scale_shift": False, "classes": None}),
+        ({"num_heads": 4, "num_heads_upsample": 2}, {"heads": 4, "decoder_heads": 2}),
+        (
+            {"num_heads": 4, "num_heads_upsample": 2, "num_head_channels": 8},
+            {"decoder_heads": None, "head_channels": 8},
+        ),
+        ({"conv_resample": False}, {"resample": "fixed"}),
+        ({"conv_resample": False, "resblock_updown": True}, {"resample": "residual"}),
+        ({"attention_resolutions": (1, 8, 16)}, {"attention": [0, 3]}),
+        ({"dims": 1}, {"dims": 1, "resample_axes": 1}),
+        ({"use_checkpoint": True, "use_fp16": True, "image_size": 64}, {"checkpointing": True}),
+    ],
+)
+def test_translation_of_arguments(foreign, ours):
+    required = {
+        "in_channels": 3,
+        "model_channels": 32,
+        "out_channels": 3,
+        "num_res_blocks": 1,
+        "attention_resolutions": (2,),
+    }
+    config = unet_arguments(**{**required, **foreign})
+    assert {key: config[key] for key in ours} == ours
+    assert UNet(**config).config.items() >= json.loads(json.dumps(config)).items()
+
+
 # Flags of the published checkpoints; attention as downsampling factors.
 ADM: dict[str, Any] = {
     "in_channels": 3,

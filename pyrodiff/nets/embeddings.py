@@ -137,9 +137,7 @@ class ConditionEmbedding(nn.Module):
             self._log_snrs = tuple(map(float, log_snr_table))
             table = torch.tensor(self._log_snrs, dtype=torch.float32, device="cpu")
             if len(table) < 2 or not bool((table[1:] < table[:-1]).all() & table.isfinite().all()):
-                raise OptionError(
-                    "log_snr_table is not a strictly decreasing list of 2 or more finite numbers"
-                )
+                raise OptionError("log_snr_table is not a strictly decreasing list of 2 or more finite numbers")
             self._table = self._table_on(self.hidden.weight.device)
 
     def _table_on(self, device: torch.device) -> Tensor:
@@ -159,9 +157,7 @@ class ConditionEmbedding(nn.Module):
     def _time_features(self, x: Tensor, log_snr: Tensor | None, index: Tensor | None) -> Tensor:
         if index is not None:
             if self.time_embedding != "index":
-                raise OptionError(
-                    f"index= needs time_embedding='index', not {self.time_embedding!r}"
-                )
+                raise OptionError(f"index= needs time_embedding='index', not {self.time_embedding!r}")
             if log_snr is not None:
                 raise OptionError("log_snr and index= are both given: give one")
             _check_per_example("index", index, x)
@@ -218,6 +214,4 @@ class ConditionEmbedding(nn.Module):
 
 def _check_per_example(name: str, value: Tensor, x: Tensor) -> None:
     if value.shape != x.shape[:1]:
-        raise ShapeError(
-            f"{name} has shape {list(value.shape)}, not {list(x.shape[:1])}: one value per example"
-        )
+        raise ShapeError(f"{name} has shape {list(value.shape)}, not {list(x.shape[:1])}: one value per example")

@@ -147,9 +147,7 @@ class ResidualBlock(nn.Module):
         self.norm_out = GroupNorm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zero_parameters(convolution(dims, out_channels, out_channels))
-        self.skip = (
-            None if channels == out_channels else convolution(dims, channels, out_channels, 1)
-        )
+        self.skip = None if channels == out_channels else convolution(dims, channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Apply the block.

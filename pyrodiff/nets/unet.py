@@ -58,7 +58,8 @@ class UNet(nn.Module):
 
     The network does not fix the size of its input; each resampled axis must be divisible by
     ``2 ** (len(multipliers) - 1)``. Under autocast the output is in the autocast's dtype: the
-    caller upcasts.
+    caller upcasts. (On a CPU do not train a 3-dimensional network under bfloat16: torch 2.13's
+    convolution then returns wrong weight gradients where an axis has size 2.)
 
     Args:
         channels: channels of the input.
@@ -175,15 +176,12 @@ class UNet(nn.Module):
             raise OptionError(f"dropout={dropout} is not in [0, 1)")
         widths = [int(multiplier * width) for multiplier in multipliers]
         if not widths or min(widths) < 1:
-            raise OptionError(
-                f"multipliers={list(multipliers)} of width={width} leave a level without channels"
-            )
+            raise OptionError(f"multipliers={list(multipliers)} of width={width} leave a level without channels")
         levels = range(len(widths))
         for level in attention:
             if level not in levels:
                 raise OptionError(
-                    f"attention={list(attention)} names level {level}, "
-                    f"but the levels are 0 to {len(widths) - 1}"
+                    f"attention={list(attention)} names level {level}, but the levels are 0 to {len(widths) - 1}"
                 )
 
         self.channels = channels
@@ -211,9 +209,7 @@ class UNet(nn.Module):
         def attention_layer(channels: int, heads: int) -> Attention:
             if head_channels is not None:
                 if head_channels < 1 or channels % head_channels:
-                    raise OptionError(
-                        f"head_channels={head_channels} does not divide {channels} channels"
-                    )
+                    raise OptionError(f"head_channels={head_channels} does not divide {channels} channels")
                 heads = channels // head_channels
             return Attention(channels, heads, order=attention_order)
 
@@ -266,18 +262,14 @@ class UNet(nn.Module):
         for level in reversed(levels):
             stack = []
             for _ in range(blocks + 1):
-                stack.append(
-                    block(current + skips.pop(), widths[level], level, decoder_heads or heads)
-                )
+                stack.append(block(current + skips.pop(), widths[level], level, decoder_heads or heads))
                 current = widths[level]
             decoder.append(Level(stack, change_resolution(Upsample, current) if level else None))
         # Stored finest first, so that the same number names a level in both halves.
         self.decoder = nn.ModuleList(reversed(decoder))
 
         self.norm_out = GroupNorm(current)
-        self.conv_out = zero_parameters(
-            convolution(dims, current, channels if out_channels is None else out_channels)
-        )
+        self.conv_out = zero_parameters(convolution(dims, current, channels if out_channels is None else out_channels))
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() != self.dims + 2 or x.shape[1] != self.channels:

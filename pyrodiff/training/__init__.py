@@ -1,0 +1,1 @@
+"""Training: data, the loop, averages of the weights, checkpoints."""

@@ -1,0 +1,562 @@
+"""The command: ``pyrodiff train | elbo | sample | info``.
+
+Every option of ``train`` is a field of one of the classes below, on the command line (``--net.width 64``) or in a YAML file
+(``--config run.yaml``); what a run ended up with is saved beside its results and starts the same run again.
+
+Exit codes: 0; 2 for a mistake of the user's (one line on stderr says which), 1 for a failure, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
+from torch import Tensor, nn
+
+from . import inference_data, nets, plots
+from ._version import __version__
+from .diffusion import GaussianDiffusion
+from .elbo import ELBOTerms, bits_per_dim, elbo_terms
+from .errors import CheckpointError, DataError, OptionError, PyrodiffError, check_option
+from .sample import sample as draw
+from .sample import trajectory
+from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, Schedule
+from .training import checkpoint, metrics
+from .training.data import ImageData, load_data, to_levels
+from .training.fit import fit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["main"]
+
+
+@dataclass
+class NetOptions:
+    """The network: a UNet for images, an MLP for vectors.
+
+    Attributes:
+        width: channels at the finest resolution (units of a hidden layer, for vectors).
+        multipliers: channels of each resolution, finest first, as multiples of width; each is half the size of the last.
+        blocks: residual blocks per resolution (of the MLP).
+        attention: resolutions with self-attention, 0 being the finest.
+        dropout: dropout probability.
+        fourier_features: integers n; sin and cos of 2^n pi x join the input.
+        conditional: whether the network sees the class labels.
+    """
+
+    width: int = 32
+    multipliers: list[float] = field(default_factory=lambda: [1, 2])
+    blocks: int = 2
+    attention: list[int] = field(default_factory=lambda: [1])
+    dropout: float = 0.1
+    fourier_features: list[int] = field(default_factory=lambda: [0, 1, 2])
+    conditional: bool = False
+
+
+@dataclass
+class ScheduleOptions:
+    """The noise schedule.
+
+    Attributes:
+        kind: log_linear, linear (DDPM's betas) or cosine.
+        steps: number of timesteps T of the diffusion.
+        log_snr_min: log-SNR at t = T, for log_linear.
+        log_snr_max: log-SNR at t = 1, for log_linear; the noise there should be near the width of the data's bins.
+    """
+
+    kind: str = "log_linear"
+    steps: int = 1000
+    log_snr_min: float = -8.0
+    log_snr_max: float = 7.0
+
+    def build(self) -> Schedule:
+        """The schedule."""
+        check_option("schedule.kind", self.kind, ("log_linear", "linear", "cosine"))
+        if self.kind == "log_linear":
+            return LogLinearSchedule(self.steps, self.log_snr_min, self.log_snr_max)
+        return {"linear": LinearSchedule, "cosine": CosineSchedule}[self.kind](self.steps)
+
+
+@dataclass
+class ModelOptions:
+    """What the network's output means.
+
+    Attributes:
+        prediction: eps, x0, v, score or previous.
+        variance: fixed_small, fixed_large, learned or learned_range.
+        decoder: scale of p(x_0 | x_1): vdm, learned or openai.
+        objective: elbo; or simple, min_snr, p2, hybrid, none of which is a bound.
+    """
+
+    prediction: str = "v"
+    variance: str = "fixed_small"
+    decoder: str = "learned"
+    objective: str = "elbo"
+
+
+@dataclass
+class TrainingOptions:
+    """The optimiser's loop.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: examples per step.
+        accumulate: parts a batch is split into, to save memory.
+        lr: peak learning rate.
+        warmup: steps over which it rises.
+        lr_schedule: cosine or constant.
+        weight_decay: AdamW's.
+        clip_norm: largest norm of the gradient of the loss in nats per dim.
+        ema_decay: rate of the weights' average.
+        kl: analytic or monte_carlo.
+        timesteps: low_discrepancy, uniform or importance.
+        precision: float32 or bf16.
+        validate_every: steps between validations; default a tenth of steps.
+    """
+
+    steps: int = 2000
+    batch_size: int = 128
+    accumulate: int = 1
+    lr: float = 2e-3
+    warmup: int = 100
+    lr_schedule: str = "cosine"
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    ema_decay: float = 0.995
+    kl: str = "analytic"
+    timesteps: str = "low_discrepancy"
+    precision: str = "float32"
+    validate_every: int | None = None
+
+
+@dataclass
+class ScoringOptions:
+    """The report on the test split after training.
+
+    Attributes:
+        timesteps: timesteps per image and repeat, spread over 2..T; 0 for all of them, along one chain.
+        repeats: independent repeats; from 2 on the bound has a standard error over noise.
+        samples: samples drawn for the picture and the figures of sample quality.
+        sample_steps: a respacing of the chain for them: 100, ddim50, ...; default all steps.
+        images: at most that many test images are scored.
+    """
+
+    timesteps: int = 32
+    repeats: int = 4
+    samples: int = 1000
+    sample_steps: str | None = "100"
+    images: int = 2000
+
+
+def train(
+    data: str,
+    out: str | None = None,
+    net: NetOptions = NetOptions(),  # noqa: B008  (read only; jsonargparse wants the default itself)
+    schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008
+    model: ModelOptions = ModelOptions(),  # noqa: B008
+    training: TrainingOptions = TrainingOptions(),  # noqa: B008
+    scoring: ScoringOptions = ScoringOptions(),  # noqa: B008
+    data_dir: str | None = None,
+    levels: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """Train a diffusion model, score it on held-out data, draw samples; leave it all in one folder.
+
+    Args:
+        data: digits, mnist, fashion-mnist, a folder of images, or a .npy or .npz file.
+        out: the run's folder; default runs/<data>, with a number if that is taken.
+        net: the network.
+        schedule: the noise schedule.
+        model: what the network's output means.
+        training: the optimiser's loop.
+        scoring: the report afterwards.
+        data_dir: where mnist and fashion-mnist lie.
+        levels: number of levels of an integer array whose dtype does not tell.
+        seed: of data order, noise, timesteps and samples.
+        device: cpu, cuda, cuda:1, ...; default cuda where there is one.
+        resume: go on with the run in --out, with the same options.
+        progress: show progress bars.
+    """
+    started = time.monotonic()
+    images = load_data(data, seed=seed, levels=levels, data_dir=data_dir)
+    if net.conditional and images.train_labels is None:
+        raise OptionError(f"net.conditional=true, but {images.name} has no labels")
+    if resume and out is None:
+        raise OptionError("resume=true needs out: the folder of the run to continue")
+    folder = Path(out) if out is not None else _free_folder(Path("runs") / images.name)
+    if not resume and (folder / "resume.safetensors").exists():
+        raise OptionError(
+            f"out={str(folder)!r} holds a run already; continue it with --resume true, or name another folder"
+        )
+    diffusion = _build(images, net, schedule, model, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {
+        "data": data, "net": asdict(net), "schedule": asdict(schedule), "model": asdict(model), "training": asdict(training),
+        "scoring": asdict(scoring), "data_dir": data_dir, "levels": levels, "seed": seed, "device": device,
+    }  # fmt: skip
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first:
+        (folder / "run.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+        parameters = sum(p.numel() for p in diffusion.parameters())
+        print(
+            f"{images.description}\n{type(diffusion.net).__name__} with {parameters:,} parameters, T = {diffusion.steps}"
+        )
+    cond, validation_cond = _labels(net, images.train_labels), _labels(net, images.validation_labels)
+    result = fit(
+        diffusion, images.train, images.validation, cond=cond, validation_cond=validation_cond,
+        folder=folder, resume=resume, seed=seed, device=device, progress=progress, **asdict(training),
+    )  # fmt: skip
+    if result.interrupted:
+        if first:
+            print(f"\nstopped at step {result.steps} of {training.steps}; go on with: --out {folder} --resume true")
+        raise KeyboardInterrupt
+    if first:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            rows = _report(diffusion, images, net, scoring, folder, seed, progress)
+        rows.insert(0, ("training", f"{result.steps} steps in {result.seconds:.0f} s, best at {result.best_step}"))
+        rows.append(("all in", f"{time.monotonic() - started:.0f} s"))
+        print()
+        for name, text in rows:
+            print(f"{name:12s}{text}")
+        print()
+        for path in sorted(folder.iterdir()):
+            if not path.name.startswith("."):
+                print(path)
+
+
+def elbo(
+    run: str,
+    data: str | None = None,
+    split: str = "test",
+    timesteps: int = 32,
+    repeats: int = 4,
+    chain: bool = True,
+    images: int | None = None,
+    data_dir: str | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Print the ELBO ledger of a trained model: every term, by analytic and by Monte Carlo KL, with standard errors.
+
+    Args:
+        run: a run's folder, or a model.safetensors.
+        data: what to score; default the run's own data.
+        split: train, validation or test.
+        timesteps: timesteps per image and repeat, spread over 2..T; 0 for all of them.
+        repeats: independent repeats; from 2 on there is a standard error over noise.
+        chain: with all timesteps, walk one chain per image; false draws each state independently.
+        images: score only the first so many.
+        data_dir: where mnist and fashion-mnist lie.
+        seed: of the noise.
+        device: default cuda where there is one.
+        progress: show a progress bar.
+    """
+    check_option("split", split, ("train", "validation", "test"))
+    diffusion, loaded = _load(run, device), _run_data(run, data, data_dir)
+    x0 = getattr(loaded, split)[:images]
+    labels = getattr(loaded, f"{split}_labels")
+    cond = {"y": labels[: len(x0)]} if labels is not None and getattr(diffusion.net, "classes", None) else {}
+    torch.manual_seed(seed)
+    terms = _score(diffusion, x0, cond, timesteps, repeats, chain, progress)
+    print(f"{loaded.description}; {len(x0)} images of the {split} split, T = {diffusion.steps}\n\n{terms}")
+    print(f"\n{terms.network_evaluations:,} network evaluations\n{bits_per_dim(terms)}")
+
+
+def sample(
+    run: str,
+    n: int = 64,
+    out: str = "samples.png",
+    method: str = "ancestral",
+    steps: str | None = None,
+    eta: float = 0.0,
+    last: str = "mean",
+    label: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Draw samples from a trained model.
+
+    Args:
+        run: a run's folder, or a model.safetensors.
+        n: number of samples.
+        out: a .png picture, or a .npy array in model units.
+        method: ancestral or ddim.
+        steps: a respacing of the chain: 50, ddim50, 10,10,10, ...; default all steps.
+        eta: noise of ddim, from 0 (none) to 1.
+        last: mean (the decoder's mean, no noise at the last step) or sample (a draw from the decoder).
+        label: class to draw, for a conditional model.
+        seed: sample i depends on the seed and i alone.
+        device: default cuda where there is one.
+        progress: show a progress bar.
+    """
+    path = Path(out)
+    check_option("the suffix of out", path.suffix, (".png", ".npy"))
+    diffusion = _load(run, device)
+    cond: Any = {} if label is None else {"y": torch.full((n,), label, device=next(diffusion.parameters()).device)}
+    x = draw(diffusion, n, method, steps, seed, last, eta=eta, progress=progress, **cond)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".png":
+        _save(plots.image_grid(x.cpu(), data_range=_range(diffusion)), path)
+    else:
+        np.save(path, x.cpu().numpy())
+    print(path)
+
+
+def info(run: str) -> None:
+    """Say what a checkpoint holds.
+
+    Args:
+        run: a run's folder, or a model.safetensors.
+    """
+    diffusion = _load(run, "cpu")
+    parameters = sum(p.numel() for p in diffusion.parameters())
+    print(f"{type(diffusion.net).__name__}, {parameters:,} parameters")
+    config = {"network": getattr(diffusion.net, "config", None), **diffusion.config}
+    print(yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False).strip())
+    log = Path(run) / "metrics.jsonl"
+    if log.is_file():
+        *_, last = log.read_text(encoding="utf-8").splitlines()
+        print(f"last record: {last}")
+
+
+# ---------------------------------------------------------------------- their parts
+
+
+def _free_folder(folder: Path) -> Path:
+    number, candidate = 1, folder
+    while (candidate / "resume.safetensors").exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def _build(
+    images: ImageData, net: NetOptions, schedule: ScheduleOptions, model: ModelOptions, seed: int
+) -> GaussianDiffusion:
+    channels = images.event_shape[0]
+    outputs = channels * (2 if model.variance.startswith("learned") else 1)
+    labels = images.train_labels
+    classes = int(labels.max()) + 1 if net.conditional and labels is not None else None
+    built: nn.Module
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if len(images.event_shape) == 1:
+            built = nets.MLP(channels, out_features=outputs, width=net.width, depth=net.blocks, classes=classes)
+        else:
+            built = nets.UNet(
+                channels, out_channels=outputs, width=net.width, multipliers=net.multipliers, blocks=net.blocks,
+                attention=net.attention, dropout=net.dropout, fourier_features=net.fourier_features, classes=classes,
+            )  # fmt: skip
+    return GaussianDiffusion(built, schedule.build(), images.event_shape, bins=images.bins, **asdict(model))
+
+
+def _labels(net: NetOptions, labels: Tensor | None) -> dict[str, Tensor]:
+    return {"y": labels} if net.conditional and labels is not None else {}
+
+
+def _load(run: str, device: str | None) -> GaussianDiffusion:
+    return checkpoint.load(run, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _run_data(run: str, data: str | None, data_dir: str | None) -> ImageData:
+    """The data named, or the run's own."""
+    if data is not None:
+        return load_data(data, data_dir=data_dir)
+    path = Path(run) / "run.yaml"
+    if not path.is_file():
+        raise OptionError(f"{path} does not exist, so that the run's data is unknown: name it with --data")
+    options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(options, dict) or "data" not in options:
+        raise DataError(f"{path} does not name the run's data")
+    return load_data(
+        options["data"],
+        seed=options.get("seed", 0),
+        levels=options.get("levels"),
+        data_dir=data_dir or options.get("data_dir"),
+    )
+
+
+def _score(
+    diffusion: GaussianDiffusion,
+    x0: Tensor,
+    cond: dict[str, Tensor],
+    timesteps: int,
+    repeats: int,
+    chain: bool,
+    progress: bool,
+) -> ELBOTerms:
+    device = next(diffusion.parameters()).device
+    options: Any = {k: v.to(device) for k, v in cond.items()}
+    options |= {"chain": chain, "repeats": repeats, "progress": progress}
+    return elbo_terms(diffusion, x0.to(device), timesteps or None, **options)
+
+
+def _range(diffusion: GaussianDiffusion) -> tuple[float, float]:
+    bins = diffusion.reverse_kernel.bins
+    return (-1.0, 1.0) if bins is None else bins[1:]
+
+
+def _report(
+    diffusion: GaussianDiffusion,
+    images: ImageData,
+    net: NetOptions,
+    scoring: ScoringOptions,
+    folder: Path,
+    seed: int,
+    progress: bool,
+) -> list[tuple[str, str]]:
+    """Score, draw, and write everything; returns the lines of the summary."""
+    test = images.test[: scoring.images]
+    labels = None if images.test_labels is None else images.test_labels[: scoring.images]
+    terms = _score(diffusion, test, _labels(net, labels), scoring.timesteps, scoring.repeats, True, progress)
+    rows = [("test", f"{bits_per_dim(terms)}, {len(test)} images")]
+    rows += [(f"  {part}", str(bits_per_dim(terms, part))) for part in ("prior", "diffusion", "reconstruction")]
+    rows.append(("  by MC KL", str(bits_per_dim(terms.by("monte_carlo")))))
+    _write(folder / "ledger.txt", f"{terms}\n")
+    _write(folder / "ledger.json", json.dumps(terms.table(), indent=1) + "\n")
+    device = next(diffusion.parameters()).device
+    cond: Any = {}
+    if net.conditional:
+        cond["y"] = (torch.arange(scoring.samples) % diffusion.net.classes).to(device)  # type: ignore[operator]
+    samples = draw(diffusion, scoring.samples, "ancestral", scoring.sample_steps, seed, progress=progress, **cond).cpu()
+    quality = _quality(samples, images, seed)
+    rows += [(k, v) for k, v in quality.pop("summary")]
+    if quality:
+        _write(folder / "samples.json", json.dumps(quality, indent=1) + "\n")
+    tree = inference_data.to_datatree(terms, diffusion=diffusion, x0=test, samples=samples[:256])
+    inference_data.write(tree, folder / "elbo.nc")
+    try:
+        _pictures(diffusion, terms, samples, images, folder, seed, cond)
+    except OptionError as error:  # matplotlib is an extra; the numbers are all there
+        rows.append(("no pictures", str(error)))
+    return rows
+
+
+def _quality(samples: Tensor, images: ImageData, seed: int) -> dict[str, Any]:
+    """Figures of sample quality, where the data are small labelled images."""
+    labels = images.train_labels
+    if labels is None or images.bins is None or len(images.event_shape) != 3 or max(images.event_shape[1:]) > 32:
+        return {"summary": []}
+    levels, low, high = images.bins
+    on_grid = to_levels(samples, levels) * ((high - low) / (levels - 1)) + low
+    classifier = metrics.fit_classifier(images.train, labels, seed=seed)
+    shares = metrics.class_shares(classifier, on_grid)
+    generator = torch.Generator().manual_seed(seed)
+    noisy = images.test + 0.15 * torch.randn(images.test.shape, generator=generator)
+    distances = {
+        "samples": metrics.feature_distance(classifier, images.train, on_grid),
+        "test_images": metrics.feature_distance(classifier, images.train, images.test),
+        "test_images_with_noise_0.15": metrics.feature_distance(classifier, images.train, noisy),
+    }
+    name = f"{images.name}-Fréchet"
+    text = f"{distances['samples']:.2f} (test images {distances['test_images']:.2f}, with noise of 0.15 added "
+    text += f"{distances['test_images_with_noise_0.15']:.2f})"
+    summary = [
+        ("samples", f"{len(samples)}, each class between {100 * shares.min():.1f} and {100 * shares.max():.1f} %"),
+        (f"  {name}", text),
+    ]
+    return {"summary": summary, "class_shares": shares.tolist(), name: distances}
+
+
+def _pictures(
+    diffusion: GaussianDiffusion,
+    terms: ELBOTerms,
+    samples: Tensor,
+    images: ImageData,
+    folder: Path,
+    seed: int,
+    cond: Any,
+) -> None:
+    _save(plots.elbo_by_timestep(terms, diffusion.schedule), folder / "elbo_by_timestep.png")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    _save(plots.training_curve(records), folder / "training.png")
+    if len(images.event_shape) == 3:
+        _save(plots.image_grid(samples[:100], data_range=_range(diffusion)), folder / "samples.png")
+        few = {k: v[:6] for k, v in cond.items()}
+        length = min(diffusion.steps, 100)
+        path = trajectory(diffusion, 6, steps=length, seed=seed, **few).cpu()
+        kept = [*reversed(diffusion.schedule.respace(length).kept), 0]
+        _save(plots.denoising(path, kept, data_range=_range(diffusion)), folder / "denoising.png")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    plots.save(figure, path)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- the entry point
+
+
+class _Parser(ArgumentParser):
+    """Mistakes in options become exceptions, so that one place prints them."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise OptionError(" ".join(message.split()))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"train": train, "elbo": elbo, "sample": sample, "info": info}
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="pyrodiff", description="Gaussian diffusion models as Pyro programs.", version=__version__)
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, function in COMMANDS.items():
+        summary = (function.__doc__ or "").splitlines()[0]
+        sub = _Parser(description=summary)
+        if name == "train":
+            sub.add_argument(
+                "--config", action=ActionConfigFile, help="a YAML file of these options, such as a run's run.yaml"
+            )
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.add_function_arguments(function, as_positional=True, sub_configs=False)
+        commands.add_subcommand(name, sub, help=summary)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; exits."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        parser = _parser()
+        parsed: Namespace = parser.parse_args(arguments)
+        command = parsed.command
+        options = parser.instantiate_classes(parsed)[command]
+        options = {k: v for k, v in vars(options).items() if k not in ("config", "debug")}
+        COMMANDS[command](**options)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `pyrodiff ... | head`: nobody is reading, and nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split())
+        if isinstance(error, PyrodiffError | OSError):
+            users = isinstance(error, ValueError | OSError | CheckpointError)
+        else:
+            users, text = False, f"{type(error).__name__}: {text} (--debug shows where)"
+        print(f"pyrodiff: {text}", file=sys.stderr)
+        sys.exit(2 if users else 1)
+    sys.exit(0)

@@ -1,0 +1,469 @@
+"""Pictures: the bound by timestep, grids of images, denoising paths, training curves.
+
+Every function returns a :class:`matplotlib.figure.Figure` that no window or pyplot knows of, so
+that no display is needed and nothing has to be closed; :func:`save` writes it. Matplotlib is an
+extra, ``pip install "pyrodiff[demo]"``, imported when a picture is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from .elbo import KLS, BitsPerDim, ELBOTerms, Estimate, bits_per_dim
+from .errors import OptionError, ShapeError, check_option
+from .schedules import Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["denoising", "elbo_by_timestep", "image_grid", "save", "training_curve"]
+
+DPI = 150
+# Of Okabe and Ito's palette, which readers with any common colour vision can tell apart.
+_COLOURS = {"analytic": "#0072B2", "monte_carlo": "#D55E00"}
+_TRAIN, _VALIDATION = "#0072B2", "#D55E00"
+_NAMES = {"analytic": "analytic KL", "monte_carlo": "Monte Carlo KL"}
+_MOST_BINS = 60
+
+
+def elbo_by_timestep(terms: ELBOTerms, schedule: Schedule, x: str = "timestep") -> Figure:
+    """Where the bound is lost: the KL of each reverse step, its running sum, and the parts.
+
+    Left, the mean over images of the KL of each reverse step in nats per image, with a band of one
+    standard error over images; more than 60 timesteps are put into bins of as many neighbours each.
+    Middle, the running sum in bits per dim: it starts with the reconstruction, and the step at the
+    end is the prior. Right, the parts with one standard error over images.
+
+    Args:
+        terms: what :func:`~pyrodiff.elbo_terms` returned.
+        schedule: the noise schedule of the model.
+        x: ``"timestep"``, or ``"log_snr"`` (of the noisier end of a step; averaged over the event
+            for a schedule per element).
+
+    Raises:
+        OptionError: ``x`` is unknown, or matplotlib is not installed.
+        ShapeError: the terms have timesteps beyond the schedule's.
+    """
+    check_option("x", x, ("timestep", "log_snr"))
+    if terms.t.numel() and int(terms.t.max()) > schedule.steps:
+        raise ShapeError(f"the terms have timestep {int(terms.t.max())}, the schedule has {schedule.steps}")
+    figure = _figure(12, 4.4)
+    left, middle, right = figure.subplots(1, 3, width_ratios=[4, 4, 2.2])
+    per_dim = terms.dims * math.log(2)
+    spread: Tensor | None = None
+    for kl in reversed(KLS):  # the analytic ones on top, which vary less
+        one = terms.by(kl)
+        colour, name = _COLOURS[kl], _NAMES[kl]
+        t, last, mean, se, share = _by_timestep(one)
+        at = _coordinate(schedule, t, x)
+        left.plot(at, mean, color=colour, linewidth=1.4, label=name, marker="o", markersize=3)
+        left.fill_between(at, mean - se, mean + se, color=colour, alpha=0.2, linewidth=0)
+        reconstruction, prior = bits_per_dim(one, "reconstruction"), bits_per_dim(one, "prior")
+        ends = torch.tensor([1.0, float(schedule.steps)])
+        path = torch.cat([torch.zeros(1), share.cumsum(0) / per_dim]) + reconstruction.mean
+        along = torch.cat([ends[:1], last, ends[1:]])
+        path = torch.cat([path, path[-1:] + prior.mean])
+        middle.plot(_coordinate(schedule, along, x), path, color=colour, linewidth=1.4, label=name)
+        if kl == "analytic":
+            spread = mean.quantile(torch.tensor([0.0, 0.5, 1.0], dtype=mean.dtype)) if len(mean) else None
+    if spread is not None and spread[2] > 10 * spread[1].abs():
+        # Logarithmic, but for the last hundredth, so that estimates below zero stay in sight.
+        left.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(float(spread[2]) / 100)))
+    left.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    left.set_ylabel("KL of a step (nats per image)")
+    left.set_title("Each reverse step, 1 standard error over images")
+    middle.set_ylabel("running sum (bits/dim)")
+    middle.set_title("From the reconstruction to the whole bound")
+    for axes in (left, middle):
+        axes.set_xlabel(r"timestep $t$" if x == "timestep" else r"$\log$ SNR at $t$, data to noise")
+        if x == "log_snr":
+            axes.invert_xaxis()
+    left.legend(*_reversed_legend(left), frameon=False)
+    _plain(left)
+    _plain(middle)
+    _mark_ends(middle, terms, schedule, x)
+    _parts(right, terms)
+    figure.suptitle("\n".join(f"{_NAMES[kl]}: {_total(bits_per_dim(terms.by(kl)))}" for kl in KLS), fontsize=10)
+    return figure
+
+
+def image_grid(
+    x: Tensor,
+    data_range: tuple[float, float] = (-1.0, 1.0),
+    columns: int | None = None,
+    titles: Sequence[str] | None = None,
+) -> Figure:
+    """Images side by side, every pixel a square of whole screen pixels.
+
+    Args:
+        x: ``[N, C, H, W]`` with C = 1 (grey) or 3 (RGB), or grey ``[N, H, W]``.
+        data_range: the values shown as black and white; beyond, they are clipped.
+        columns: images in a row; default: about as many as rows.
+        titles: a short text above each image.
+
+    Raises:
+        ShapeError: ``x`` holds no such images.
+        OptionError: another option is out of range, or matplotlib is not installed.
+    """
+    pixels = _pixels("x", x, data_range)
+    if columns is None:
+        columns = math.ceil(math.sqrt(len(pixels)))
+    if columns < 1:
+        raise OptionError(f"columns={columns!r} is not at least 1")
+    if titles is not None and len(titles) != len(pixels):
+        raise OptionError(f"{len(titles)} titles do not fit {len(pixels)} images")
+    rows: list[list[Tensor | None]] = [list(pixels[i : i + columns]) for i in range(0, len(pixels), columns)]
+    text = None
+    if titles is not None:
+        text = [list(titles[i : i + columns]) for i in range(0, len(titles), columns)]
+    return _mosaic(rows, text)
+
+
+def denoising(
+    trajectory: Tensor,
+    timesteps: Sequence[int] | None = None,
+    x0_hat: Tensor | None = None,
+    data_range: tuple[float, float] = (-1.0, 1.0),
+    columns: int = 10,
+    rows: int = 8,
+) -> Figure:
+    """Paths of the sampler, one in a row, from noise on the left to data on the right.
+
+    Args:
+        trajectory: what :func:`~pyrodiff.trajectory` returned, ``[K + 1, n, C, H, W]``, C = 1 or 3.
+        timesteps: the timestep of each state, ``[K + 1]``; default K, ..., 0. For a path along some of the steps,
+            ``[*reversed(schedule.respace(...).kept), 0]``.
+        x0_hat: the network's estimate of x_0 at each state but the last, ``[K, n, C, H, W]``: a second row per path.
+        data_range: the values shown as black and white; beyond, they are clipped.
+        columns: states shown, evenly spread, the first and last among them.
+        rows: most paths shown.
+
+    Raises:
+        ShapeError: the tensors hold no such paths, or do not fit each other.
+        OptionError: another option is out of range, or matplotlib is not installed.
+    """
+    if not isinstance(trajectory, Tensor) or trajectory.dim() != 5 or len(trajectory) < 2:
+        shape = list(trajectory.shape) if isinstance(trajectory, Tensor) else type(trajectory).__name__
+        raise ShapeError(f"trajectory has shape {shape}, not [K + 1, n, C, H, W] with K >= 1")
+    length = len(trajectory)
+    timesteps = range(length - 1, -1, -1) if timesteps is None else [int(t) for t in timesteps]
+    if len(timesteps) != length:
+        raise ShapeError(f"{len(timesteps)} timesteps do not fit a trajectory of {length} states")
+    if x0_hat is not None and x0_hat.shape != (length - 1, *trajectory.shape[1:]):
+        raise ShapeError(f"x0_hat has shape {list(x0_hat.shape)}, not {[length - 1, *trajectory.shape[1:]]}")
+    if columns < 2 or rows < 1:
+        raise OptionError(f"columns={columns!r} must be at least 2, rows={rows!r} at least 1")
+    shown = torch.linspace(0, length - 1, min(columns, length)).round().long()
+    tiles: list[list[Tensor | None]] = []
+    names = []
+    for path in range(min(rows, trajectory.shape[1])):
+        tiles.append(list(_pixels("trajectory", trajectory[shown, path], data_range)))
+        names.append(r"$x_t$")
+        if x0_hat is not None:
+            tiles.append([*_pixels("x0_hat", x0_hat[shown[:-1], path], data_range), None])
+            names.append(r"$\hat x_0$")
+    text = [[rf"$t = {timesteps[i]}$" for i in shown]]
+    return _mosaic(tiles, text, names if x0_hat is not None else None, group=1 if x0_hat is None else 2)
+
+
+def training_curve(records: Iterable[Mapping[str, Any]]) -> Figure:
+    """Bits per dim on the training and the validation data against optimiser steps.
+
+    Args:
+        records: the lines of ``metrics.jsonl``: mappings with ``step`` and some of ``train_bits_per_dim``,
+            ``validation_bits_per_dim`` and their standard errors ``train_bits_per_dim_se`` and
+            ``validation_bits_per_dim_se``. Records without a step, and values that are missing or not finite, are skipped.
+
+    Raises:
+        OptionError: no record has anything to show, or matplotlib is not installed.
+    """
+    records = [record for record in records if "step" in record]
+    curves = {}
+    for part in ("train", "validation"):
+        key = f"{part}_bits_per_dim"
+        found = [(r["step"], r[key], r.get(f"{key}_se")) for r in records if _is_finite(r.get(key))]
+        if found:
+            curves[part] = sorted(found, key=lambda point: point[0])
+    if not curves:
+        raise OptionError("no record has a step and finite train_bits_per_dim or validation_bits_per_dim")
+    figure = _figure(7, 4.2)
+    axes = figure.subplots()
+    for part, points in curves.items():
+        steps, values = [p[0] for p in points], [p[1] for p in points]
+        colour = _TRAIN if part == "train" else _VALIDATION
+        smooth = part == "train" and len(points) > 50
+        if smooth:  # a value per mini-batch: the noise in pale, its running median in front
+            axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.45)
+            values = _running_median(values, max(5, len(points) // 50))
+        label = f"{part} (running median)" if smooth else part
+        marker = "o" if len(points) <= 50 else None
+        axes.plot(steps, values, color=colour, linewidth=1.6, label=label, marker=marker, markersize=3.5)
+        if not smooth and all(_is_finite(p[2]) for p in points):
+            low = [v - p[2] for v, p in zip(values, points, strict=True)]
+            high = [v + p[2] for v, p in zip(values, points, strict=True)]
+            axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    best = min(curves.get("validation", curves.get("train", [])), key=lambda point: point[1])
+    which = "validation" if "validation" in curves else "training"
+    axes.set_title(f"Best {which}: {best[1]:.4f} bits/dim at step {best[0]:,}")
+    _limit_to_typical(axes, [p[1] for points in curves.values() for p in points])
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("minus ELBO (bits/dim)")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.legend(frameon=False)
+    _plain(axes)
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG, 150 pixels per inch; a file under ``path`` is replaced at once, or left as it was.
+
+    The same figure gives the same bytes: no date or version is written.
+
+    Args:
+        figure: what a function of this module returned.
+        path: file to write.
+
+    Raises:
+        OSError: the folder is missing, or cannot be written to.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------- the bound
+
+
+def _by_timestep(terms: ELBOTerms) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """By timestep or bin of timesteps: its mean and last one; the mean KL and its standard error, nats; the weighted sum."""
+    kl = terms.draws[terms.kl][1]  # [R, B, C]
+    t, weights = terms.t, terms.weights
+    if t.dim() == 2:
+        # Drawn afresh in every repeat or not, the terms hold the timesteps of the last.
+        kl = kl[-1:]
+    repeats, examples, _ = kl.shape
+    t, weights = t.expand_as(kl), weights.expand_as(kl)
+    if not kl.numel():
+        empty = torch.empty(0, dtype=torch.float64)
+        return empty, empty, empty, empty, empty
+    steps = t.unique()
+    size = 1
+    if len(steps) > _MOST_BINS:
+        size = math.ceil((int(steps[-1]) - int(steps[0]) + 1) / _MOST_BINS)
+    _, bins = ((t - steps[0]) // size).unique(return_inverse=True)
+    count = int(bins.max()) + 1
+
+    def total(values: Tensor) -> Tensor:  # per image and bin, over columns and repeats
+        images = torch.arange(examples)[:, None].expand_as(values)
+        flat = torch.zeros(examples * count, dtype=torch.float64)
+        return flat.index_add(0, (images * count + bins).flatten(), values.flatten().double()).view(examples, count)
+
+    weight = total(weights).sum(0)
+    share = total(weights * kl).sum(0)
+    mean = share / weight
+    # Images are independent, columns and repeats of one image are not: the error is one over images.
+    residual = total(weights * (kl - mean[bins]))
+    se = residual.square().sum(0).sqrt() / weight
+    se = se * math.sqrt(examples / (examples - 1)) if examples > 1 else torch.full_like(se, math.nan)
+    last = torch.zeros(count).scatter_reduce(0, bins.flatten(), t.flatten().float(), "amax")
+    return total(weights * t).sum(0) / weight, last, mean, se, share / (repeats * examples)
+
+
+def _coordinate(schedule: Schedule, t: Tensor, x: str) -> Tensor:
+    """Timesteps, of which a bin's mean need not be whole, on the axis asked for."""
+    if x == "timestep" or not len(t):
+        return t
+    every = schedule.log_snr(torch.arange(1, schedule.steps + 1)).detach()
+    if schedule.event_dim:
+        every = every.flatten(1).mean(1)
+    below = (t.long() - 1).clamp(0, schedule.steps - 1)
+    above = (below + 1).clamp(max=schedule.steps - 1)
+    return torch.lerp(every[below], every[above], t.double() - t.long())
+
+
+def _mark_ends(axes: Axes, terms: ELBOTerms, schedule: Schedule, x: str) -> None:
+    """Say where the running sum starts and what its last step is; and, where it has a meaning, the share."""
+    parts = {part: bits_per_dim(terms.by("analytic"), part).mean for part in terms.parts()}
+    ends = _coordinate(schedule, torch.tensor([1.0, float(schedule.steps)]), x)
+    heights = (parts["reconstruction"], parts["total"])
+    axes.plot(ends, heights, "o", color=_COLOURS["analytic"], markersize=5, clip_on=False, zorder=3)
+    name = "reconstruction, $t = 1$"
+    offset: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+    axes.annotate(name, (float(ends[0]), heights[0]), (10, 8), **offset)
+    down = -16 if heights[1] >= heights[0] else 16
+    axes.annotate("whole bound, prior included", (float(ends[1]), heights[1]), (0, down), ha="right", **offset)
+    if all(value >= 0 for value in parts.values()) and parts["total"] > 0:
+        axes.set_ylim(bottom=0)
+        total = parts["total"]
+        to_percent, back = (lambda y: y * (100 / total)), (lambda percent: percent * (total / 100))
+        percent = axes.secondary_yaxis("right", functions=(to_percent, back))
+        percent.set_ylabel("share of the analytic bound (%)", fontsize=9)
+        percent.tick_params(labelsize=8)
+        percent.spines["right"].set_visible(False)
+
+
+def _parts(axes: Axes, terms: ELBOTerms) -> None:
+    """Bars of the parts in bits per dim, with their numbers."""
+    parts = ("prior", "diffusion", "reconstruction")
+    found = {(kl, part): bits_per_dim(terms.by(kl), part) for kl in KLS for part in parts}
+    for i, part in enumerate(parts):
+        for kl, shift in (("analytic", -0.19), ("monte_carlo", 0.19)):
+            value = found[kl, part]
+            axes.barh(i + shift, value.mean, 0.34, color=_COLOURS[kl], alpha=0.85)
+            if math.isfinite(value.se_examples):
+                axes.errorbar(value.mean, i + shift, xerr=value.se_examples, color="0.2", linewidth=1, capsize=2)
+            end = max(0.0, value.mean + (value.se_examples if math.isfinite(value.se_examples) else 0))
+            axes.annotate(
+                _short(value.mean), (end, i + shift), (4, 0), textcoords="offset points", va="center", fontsize=8
+            )
+    axes.axvline(0, color="0.6", linewidth=0.8)
+    axes.set_yticks(range(len(parts)), parts)
+    axes.invert_yaxis()
+    axes.margins(x=0.05)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low if low < 0 else 0, high + 0.4 * (high - low))
+    axes.set_xlabel("bits/dim")
+    axes.set_title("Parts")
+    _plain(axes)
+
+
+def _short(value: float) -> str:
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.0e}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def _total(value: Estimate) -> str:
+    if math.isfinite(value.se_noise):
+        return str(BitsPerDim(*value))
+    over_images = f"± {value.se_examples:.4f} over images" if math.isfinite(value.se_examples) else "a single image"
+    return f"{value.mean:.4f} bits/dim ({over_images}; a single repeat, so none over noise)"
+
+
+def _reversed_legend(axes: Axes) -> tuple[list[Any], list[str]]:
+    handles, labels = axes.get_legend_handles_labels()
+    return handles[::-1], labels[::-1]
+
+
+# ---------------------------------------------------------------------- images
+
+
+def _pixels(name: str, x: Tensor, data_range: tuple[float, float]) -> Tensor:
+    """Images to colours: ``[N, H, W, 3]``, uint8."""
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"{name} is a {type(x).__name__}, not a torch.Tensor")
+    if x.dim() == 3:
+        x = x[:, None]
+    if x.dim() != 4 or x.shape[1] not in (1, 3) or not x.numel():
+        raise ShapeError(f"{name} has shape {list(x.shape)}, not [N, C, H, W] with C = 1 or 3, or [N, H, W]")
+    low, high = data_range
+    if not low < high:
+        raise OptionError(f"data_range={data_range!r} is not (low, high) with low < high")
+    x = (x.detach().float().cpu() - low) / (high - low)
+    grey = (x.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)
+    return grey.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+
+
+def _mosaic(
+    rows: list[list[Tensor | None]],
+    titles: list[list[str]] | None = None,
+    names: list[str] | None = None,
+    group: int = 1,
+) -> Figure:
+    """Rows of tiles ``[H, W, 3]`` on white, without axes.
+
+    The figure has as many pixels as the mosaic, so that none is interpolated, and none is wider than another.
+
+    Args:
+        rows: the tiles; None leaves a gap.
+        titles: text above the tiles of each row; one row of it is for the first row only.
+        names: text left of each row.
+        group: rows that belong together; a wider gap follows each group.
+    """
+    first = rows[0][0]
+    if first is None:
+        raise ShapeError("the first tile of a mosaic is missing")
+    height, width, _ = first.shape
+    scale = max(1, round(72 / max(height, width)))
+    height, width = height * scale, width * scale
+    gap, title_height, margin = 6, 26, 10
+    left = margin + (34 if names else 0)
+    tops, y = [], margin
+    for i in range(len(rows)):
+        y += title_height if titles is not None and i < len(titles) else 0
+        tops.append(y)
+        y += height + (3 * gap if group > 1 and (i + 1) % group == 0 and i + 1 < len(rows) else gap)
+    columns = max(len(row) for row in rows)
+    canvas_height = y - gap + margin
+    canvas_width = left + columns * (width + gap) - gap + margin
+    canvas = torch.full((canvas_height, canvas_width, 3), 255, dtype=torch.uint8)
+    for top, row in zip(tops, rows, strict=True):
+        for j, tile in enumerate(row):
+            if tile is not None:
+                big = tile.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+                canvas[top : top + height, left + j * (width + gap) :][:, :width] = big
+    figure = _figure(canvas_width / DPI, canvas_height / DPI, layout=None)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(canvas.numpy(), interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+    for i, texts in enumerate(titles or []):
+        for j, text in enumerate(texts):
+            at = (left + j * (width + gap) + width / 2 - 0.5, tops[i] - 5)
+            axes.text(*at, text, fontsize=7, ha="center", va="bottom")
+    for top, name in zip(tops, names or [], strict=False):
+        axes.text(left - 8, top + height / 2 - 0.5, name, fontsize=9, ha="right", va="center")
+    return figure
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """An empty figure, in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OptionError('pictures need matplotlib: pip install "pyrodiff[demo]"') from error
+    return Figure(figsize=(width, height), dpi=DPI, layout=layout)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.title.set_fontsize(9)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_fontsize(9)
+    legend = axes.get_legend()
+    if legend is not None:
+        for text in legend.get_texts():
+            text.set_fontsize(8)
+
+
+def _limit_to_typical(axes: Axes, values: list[float]) -> None:
+    """Cut the first moments of training off, which would flatten all that follows."""
+    ordered = sorted(values)
+    low, most = ordered[0], ordered[int(0.9 * (len(ordered) - 1))]
+    if len(values) >= 10 and ordered[-1] - low > 4 * (most - low) > 0:
+        axes.set_ylim(low - 0.1 * (most - low), most + 1.0 * (most - low))
+
+
+def _running_median(values: list[float], width: int) -> list[float]:
+    half = width // 2
+    windows = (sorted(values[max(0, i - half) : i + half + 1]) for i in range(len(values)))
+    return [window[len(window) // 2] for window in windows]
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

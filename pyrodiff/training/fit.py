@@ -1,0 +1,571 @@
+"""Training: a loop over Pyro's ELBO of (model, guide), one random timestep per example.
+
+Nothing here knows what the loss is: it is ``TraceMeanField_ELBO()(diffusion.model, diffusion.guide)``, an ``nn.Module``, and
+the loop is what one writes around any such loss: mini-batches, an optimiser, an average of the weights, validation,
+checkpoints. Where it runs (CPU, GPU, several processes under torchrun) is decided at the start and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.infer
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import timesteps as draws
+from .._tensor import check_event
+from ..diffusion import GaussianDiffusion
+from ..elbo import BitsPerDim, bits_per_dim, check_mean_field, elbo_terms, site_terms
+from ..errors import CheckpointError, DataError, DivergenceError, OptionError, check_option
+from . import checkpoint
+from .ema import EMA
+
+__all__ = ["Fit", "fit"]
+
+TIMESTEPS = ("low_discrepancy", "uniform", "importance")
+ELBOS = {"analytic": pyro.infer.TraceMeanField_ELBO, "monte_carlo": pyro.infer.Trace_ELBO}
+CHECKED_STEPS = 3  # steps with Pyro's validation and the strict ELBO's checks on; the programs do not change after
+MAX_SKIPPED = 20  # non-finite steps in a row before giving up
+
+
+@dataclass
+class Fit:
+    """What :func:`fit` did.
+
+    Attributes:
+        steps: optimiser steps made, over all runs of this folder.
+        best_step: the step whose averaged weights validated best (the last one, without validation data).
+        best: its validation bound, in bits/dim; None without validation data.
+        skipped: steps left out because the loss or its gradient was not finite.
+        seconds: wall time of this run.
+        records: one dictionary per validation: step, bits per dim, learning rate, ...
+        interrupted: whether Ctrl-C (or SIGTERM) ended it early; the state is saved.
+    """
+
+    steps: int = 0
+    best_step: int = 0
+    best: BitsPerDim | None = None
+    skipped: int = 0
+    seconds: float = 0.0
+    records: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False
+
+
+def fit(
+    diffusion: GaussianDiffusion,
+    data: Tensor,
+    validation: Tensor | None = None,
+    *,
+    cond: dict[str, Tensor] | None = None,
+    validation_cond: dict[str, Tensor] | None = None,
+    steps: int = 1000,
+    batch_size: int = 128,
+    accumulate: int = 1,
+    lr: float = 1e-3,
+    warmup: int = 100,
+    lr_schedule: str = "cosine",
+    weight_decay: float = 0.0,
+    clip_norm: float = 1.0,
+    ema_decay: float = 0.999,
+    kl: str = "analytic",
+    timesteps: str = "low_discrepancy",
+    precision: str = "float32",
+    validate_every: int | None = None,
+    validation_timesteps: int = 16,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Fit:
+    """Train a diffusion by stochastic variational inference.
+
+    On return the diffusion holds the averaged weights of the best validation (of the last step, without validation data), on
+    ``device``. The random state of torch outside is left as it was. Under torchrun each process takes its share of every
+    batch (Lightning Fabric averages the gradients), has noise of its own, and only rank 0 writes.
+
+    Args:
+        diffusion: what to train; its ``objective`` is what is minimised.
+        data: ``[N, *event]`` in model units.
+        validation: ``[M, *event]``, for choosing the best weights; scored by the ELBO whatever the objective.
+        cond, validation_cond: conditioning values with a row per example, by name (class labels ``y``, ...).
+        steps: optimiser steps in all, those before a resume included.
+        batch_size: examples per optimiser step, over all processes and accumulated parts.
+        accumulate: parts that a batch is split into, to save memory; the gradient is the whole batch's.
+        lr: peak learning rate of AdamW (betas 0.9 and 0.99).
+        warmup: steps over which it rises linearly.
+        lr_schedule: ``"cosine"`` (falls to 0 at the last step) or ``"constant"``.
+        weight_decay: AdamW's.
+        clip_norm: largest norm of the whole gradient; of the loss in nats per dim, so that it survives a change of B, D, T.
+        ema_decay: rate of the weights' average.
+        kl: ``"analytic"`` (TraceMeanField_ELBO) or ``"monte_carlo"`` (Trace_ELBO).
+        timesteps: ``"low_discrepancy"``, ``"uniform"``, or ``"importance"`` (by each t's second moment of the loss).
+        precision: ``"float32"`` or ``"bf16"`` (autocast of the network; probabilities stay in float32).
+        validate_every: steps between validations and saves; default a tenth of ``steps``.
+        validation_timesteps: timesteps per validation image.
+        folder: where to keep ``model.safetensors`` (the best), ``resume.safetensors`` and ``metrics.jsonl``; None: nowhere.
+        resume: continue from the folder's ``resume.safetensors``, bit for bit on the same machine and versions.
+        seed: of data order, noise and timesteps.
+        device: default: CUDA where there is one.
+        progress: show a progress bar, with bits/dim (or the objective's loss) and the time left.
+
+    Raises:
+        OptionError, ShapeError, DataError: an argument is outside its range.
+        CheckpointError: the state to resume from is missing, damaged, or another run's.
+        DivergenceError: 20 steps in a row had a non-finite loss or gradient; the last good state stays saved.
+    """
+    check_option("kl", kl, ELBOS)
+    check_option("timesteps", timesteps, TIMESTEPS)
+    check_option("precision", precision, ("float32", "bf16"))
+    check_option("lr_schedule", lr_schedule, ("cosine", "constant"))
+    if resume and folder is None:
+        raise OptionError("resume=True needs the folder of the run to continue")
+    for name, value, least in (("steps", steps, 1), ("batch_size", batch_size, 1), ("accumulate", accumulate, 1)):
+        if value < least:
+            raise OptionError(f"{name}={value!r} is not at least {least}")
+    if not (0 < lr < math.inf and clip_norm > 0 and warmup >= 0 and weight_decay >= 0):
+        raise OptionError(
+            f"lr={lr!r}, clip_norm={clip_norm!r} must be positive; warmup={warmup!r}, weight_decay={weight_decay!r} not negative"
+        )
+    options = {
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "lr": lr,
+        "warmup": warmup,
+        "lr_schedule": lr_schedule,
+        "weight_decay": weight_decay,
+        "clip_norm": clip_norm,
+        "ema_decay": ema_decay,
+        "kl": kl,
+        "timesteps": timesteps,
+        "precision": precision,
+        "seed": seed,
+        "steps": steps if lr_schedule == "cosine" else None,
+        "diffusion": diffusion.config,
+        "examples": len(data),
+    }
+    cond = _check_data(diffusion, "data", data, cond)
+    validation_cond = {} if validation is None else _check_data(diffusion, "validation", validation, validation_cond)
+    engine = _Engine.of(device)
+    share, rest = divmod(batch_size, engine.world_size * accumulate)
+    if rest or len(data) < batch_size:
+        raise OptionError(
+            f"batch_size={batch_size} must divide by processes x accumulate = {engine.world_size * accumulate} and not exceed "
+            f"the {len(data)} examples"
+        )
+    diffusion.to(engine.device)
+    with contextlib.ExitStack() as stack:
+        # Parameters live in the modules, not in Pyro's global store: two fits in one process cannot meet there.
+        stack.enter_context(pyro.settings.context(module_local_params=True))
+        stack.enter_context(torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []))
+        stop = stack.enter_context(_interruptible())
+        run = _Run(diffusion, options, engine, folder, stack)
+        torch.manual_seed(int(np.random.SeedSequence([seed, engine.rank]).generate_state(1, np.uint64)[0] >> 1))
+        if resume:
+            run.restore()
+        result, start = run.result, time.monotonic()
+        every = validate_every or max(1, steps // 10)
+        score = None if validation is None else (validation, validation_cond, validation_timesteps, 4 * share)
+        bar = tqdm(
+            total=steps, initial=result.steps, desc="training", unit="step", disable=not (progress and engine.rank == 0),
+            dynamic_ncols=True, smoothing=0.05, mininterval=0.5,
+        )  # fmt: skip
+        stack.enter_context(bar)
+        order = _Order(seed, len(data), batch_size)
+        running = math.nan
+        while result.steps < steps and not stop.requested:
+            indices = order.batch(result.steps).reshape(accumulate, engine.world_size, share)[:, engine.rank]
+            loss = run.step([(data[i], {k: v[i] for k, v in cond.items()}) for i in indices], steps)
+            running = loss if math.isnan(running) else running + 0.05 * (loss - running)
+            bar.set_postfix_str(run.describe(running), refresh=False)
+            bar.update()
+            if result.steps % every == 0 or result.steps == steps:
+                run.validate(score, running, time.monotonic() - start)
+                run.save()
+                bar.set_postfix_str(run.describe(running), refresh=False)
+        if stop.requested:
+            result.interrupted = True
+            run.save()
+        result.seconds = time.monotonic() - start
+        run.finish()
+    return result
+
+
+def _check_data(
+    diffusion: GaussianDiffusion, name: str, x: Tensor, cond: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    check_event(name, x, diffusion.event_shape)
+    if x.dim() != len(diffusion.event_shape) + 1 or not len(x):
+        raise DataError(
+            f"{name} has shape {list(x.shape)}, not [N, {', '.join(map(str, diffusion.event_shape))}] with N >= 1"
+        )
+    if not x.isfinite().all():
+        bad = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise DataError(f"{name}[{bad}] holds NaN or infinite values")
+    for key, value in (cond or {}).items():
+        if len(value) != len(x):
+            raise DataError(f"{key} has {len(value)} rows for {len(x)} examples of {name}")
+    return cond or {}
+
+
+class _Order:
+    """Which examples each step sees: a fresh permutation per epoch, a function of the seed and the step alone."""
+
+    def __init__(self, seed: int, size: int, batch_size: int) -> None:
+        self.seed, self.size, self.batch_size = seed, size, batch_size
+        self.epoch, self.permutation = -1, torch.empty(0, dtype=torch.int64)
+
+    def batch(self, step: int) -> Tensor:
+        epoch, i = divmod(step, self.size // self.batch_size)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.permutation = epoch, torch.from_numpy(rng.permutation(self.size))
+        return self.permutation[i * self.batch_size : (i + 1) * self.batch_size]
+
+
+@dataclass
+class _Engine:
+    """Where the loop runs; Lightning Fabric where there are several processes."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    fabric: Any = None
+
+    @classmethod
+    def of(cls, device: str | torch.device | None) -> _Engine:
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size == 1:
+            return cls(device)
+        try:
+            from lightning.fabric import Fabric
+        except ImportError:
+            try:
+                from lightning_fabric import Fabric
+            except ImportError:
+                raise OptionError(
+                    f'WORLD_SIZE={world_size}: several processes need Lightning Fabric: pip install "pyrodiff[distributed]"'
+                ) from None
+        nodes = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        fabric = Fabric(accelerator=device.type, devices=world_size // nodes, num_nodes=nodes, strategy="ddp")
+        fabric.launch()
+        return cls(fabric.device, fabric.global_rank, world_size, fabric)
+
+
+class _Run:
+    """The state of a training run: what a step changes, and what a checkpoint holds."""
+
+    def __init__(
+        self,
+        diffusion: GaussianDiffusion,
+        options: dict[str, Any],
+        engine: _Engine,
+        folder: str | Path | None,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.diffusion, self.options, self.engine = diffusion, options, engine
+        self.folder = None if folder is None or engine.rank else Path(folder)
+        self.read_folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(checkpoint.lock(self.folder))
+        self.result = Fit()
+        self.dims = diffusion.event_shape.numel()
+        self.elbo = _recording(ELBOS[options["kl"]])()
+        self.loss: nn.Module = self.elbo(diffusion.model, diffusion.guide)
+        self.optimizer: Any = torch.optim.AdamW(
+            diffusion.parameters(), lr=options["lr"], betas=(0.9, 0.99), weight_decay=options["weight_decay"]
+        )
+        self.ema = EMA(diffusion, options["ema_decay"])
+        self.sampler = draws.ImportanceSampler(diffusion.steps) if options["timesteps"] == "importance" else None
+        self.best_weights: dict[str, Tensor] | None = None
+        self.skipped_in_a_row = 0
+        self.outside = _count_outside_range(diffusion)
+        if engine.fabric is not None:
+            self.loss = engine.fabric.setup_module(self.loss)
+            self.optimizer = engine.fabric.setup_optimizers(self.optimizer)
+
+    # ------------------------------------------------------------------ a step
+
+    def step(self, parts: list[tuple[Tensor, dict[str, Tensor]]], steps: int) -> float:
+        """One optimiser step on a batch given in parts; returns the loss, nats (or the objective) per dim."""
+        self.diffusion.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.engine.device)
+        for i, (x0, cond) in enumerate(parts):
+            with self._checked(), self._sync(last=i == len(parts) - 1):
+                loss = self._loss(x0, cond) / len(parts)
+                self.engine.fabric.backward(loss) if self.engine.fabric else loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.diffusion.parameters(), self.options["clip_norm"])
+        loss_value, norm_value = torch.stack([total, norm]).tolist()
+        self.result.steps += 1
+        # The gradient is the same on every rank, so that all skip or none does.
+        if not math.isfinite(norm_value):
+            return self._skip(loss_value)
+        self.skipped_in_a_row = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(steps)
+        self.optimizer.step()
+        self.ema.update()
+        return loss_value
+
+    def _loss(self, x0: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        device = self.engine.device
+        x0 = x0.to(device, non_blocking=True)
+        cond = {k: v.to(device, non_blocking=True) for k, v in cond.items()}
+        weight: Any = None
+        if self.sampler is not None:
+            t, weight = self.sampler.sample(len(x0), device=device)
+        else:
+            t = getattr(draws, self.options["timesteps"])(len(x0), self.diffusion.steps, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.options["precision"] == "bf16"):
+            loss = self.loss(x0, t, weight=weight, **cond)
+        if self.sampler is not None:
+            model_trace, guide_trace = self.elbo.traces
+            terms = site_terms(model_trace, guide_trace, self.options["kl"])
+            prefix = f"{self.diffusion.name}_" if self.diffusion.name else ""
+            per_example = (terms[f"{prefix}x_s"] + terms[f"{prefix}x_0"]) / weight
+            self.sampler.update(t.cpu(), per_example.detach().cpu())
+        # Pyro's sum over examples and dims (times N / B with data_size), as a mean.
+        examples = self.diffusion.data_size or len(x0)
+        return loss / (examples * self.dims)
+
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        strict = self.result.steps < CHECKED_STEPS
+        self.elbo.strict = strict and self.options["kl"] == "analytic"
+        with pyro.validation_enabled(strict):
+            yield
+
+    def _sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        if self.engine.fabric is None:
+            return contextlib.nullcontext()
+        return self.engine.fabric.no_backward_sync(self.loss, enabled=not last)
+
+    def _lr(self, steps: int) -> float:
+        step, options = self.result.steps, self.options
+        rise = min(1.0, step / max(1, options["warmup"]))
+        fall = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)) if options["lr_schedule"] == "cosine" else 1.0
+        return options["lr"] * rise * fall
+
+    def _skip(self, loss: float) -> float:
+        self.result.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            where = f"; the last good state is in {self.read_folder}" if self.read_folder else ""
+            raise DivergenceError(
+                f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient (last loss {loss}){where}"
+            )
+        return math.nan
+
+    def describe(self, running: float) -> str:
+        """The progress bar's figures."""
+        if self.diffusion.objective == "elbo":
+            text = f"{running / math.log(2):.3f} bits/dim"
+        else:
+            text = f"{self.diffusion.objective} {running:.4f}"
+        if self.result.records and "validation_bits_per_dim" in self.result.records[-1]:
+            text += f", validation {self.result.records[-1]['validation_bits_per_dim']:.3f}"
+        return text
+
+    # ------------------------------------------------------------------ validation and checkpoints
+
+    def validate(
+        self, score: tuple[Tensor, dict[str, Tensor], int, int] | None, running: float, seconds: float
+    ) -> None:
+        """Score the averaged weights and keep them if they are the best."""
+        if self.engine.rank:
+            return
+        record: dict[str, Any] = {"step": self.result.steps, "train_loss_nats_per_dim": running, "lr": self._last_lr()}
+        if self.diffusion.objective == "elbo":
+            record["train_bits_per_dim"] = running / math.log(2)
+        bound = None
+        with self.ema.swapped_in():
+            if score is not None:
+                x0, cond, count, batch_size = score
+                device = self.engine.device
+                cond = {k: v.to(device) for k, v in cond.items()}
+                # The same noise every time: differences between validations are the weights'.
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                    torch.manual_seed(self.options["seed"])
+                    columns = count if self.diffusion.steps > 1 else None
+                    options: Any = {"repeats": 2, "batch_size": batch_size, **cond}
+                    terms = elbo_terms(self.diffusion, x0.to(device), columns, **options)
+                bound = bits_per_dim(terms)
+                record |= {"validation_bits_per_dim": bound.mean, "validation_se_noise": bound.se_noise}
+            if bound is None or self.result.best is None or bound.mean < self.result.best.mean:
+                self.result.best, self.result.best_step = bound, self.result.steps
+                self.best_weights = {k: v.detach().clone() for k, v in self.diffusion.state_dict().items()}
+                if self.folder is not None:
+                    checkpoint.save(self.folder, self.diffusion)
+        if self.outside is not None:
+            record["learned_range_outside"] = self.outside()
+        record |= {"skipped": self.result.skipped, "seconds": seconds}
+        self.result.records.append(record)
+        if self.folder is not None:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _last_lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def save(self) -> None:
+        """Write what a later run needs to go on as if nothing had happened."""
+        if self.folder is None:
+            return
+        result, optimizer = self.result, self.optimizer.state_dict()
+        tree = {
+            "options": self.options,
+            "weights": self.diffusion.state_dict(),
+            "best_weights": self.best_weights,
+            # JSON's keys are strings, the optimiser's are indices.
+            "optimizer": {
+                "state": {str(k): v for k, v in optimizer["state"].items()},
+                "param_groups": optimizer["param_groups"],
+            },
+            "ema": self.ema.state_dict(),
+            "sampler": None if self.sampler is None else self.sampler.state_dict(),
+            "random": _random_state(self.engine.device),
+            "result": {
+                "steps": result.steps,
+                "best_step": result.best_step,
+                "best": None if result.best is None else list(result.best),
+                "skipped": result.skipped,
+                "records": result.records,
+            },
+        }
+        checkpoint.write(self.folder / "resume.safetensors", tree, kind="resume")
+
+    def restore(self) -> None:
+        """The inverse of :meth:`save`."""
+        path = self.read_folder / "resume.safetensors"  # type: ignore[operator]
+        tree = checkpoint.read(path, kind="resume")
+        mine = json.loads(json.dumps(self.options))
+        if different := [k for k in mine if tree["options"].get(k) != mine[k]]:
+            key = different[0]
+            raise CheckpointError(
+                f"{path} is of a run with {key}={tree['options'].get(key)!r}, not {mine[key]!r}; resume with the same options"
+            )
+        self.diffusion.load_state_dict(tree["weights"])
+        self.best_weights = tree["best_weights"]
+        state = self.optimizer.state_dict()
+        state["state"] = {int(k): v for k, v in tree["optimizer"]["state"].items()}
+        state["param_groups"] = tree["optimizer"]["param_groups"]
+        self.optimizer.load_state_dict(state)
+        self.ema.load_state_dict(tree["ema"])
+        if self.sampler is not None:
+            self.sampler.load_state_dict(tree["sampler"])
+        saved = tree["result"]
+        best = saved.pop("best")
+        self.result = Fit(best=None if best is None else BitsPerDim(*best), **saved)
+        if self.engine.rank == 0:
+            _set_random_state(tree["random"], self.engine.device)
+            metrics = self.read_folder / "metrics.jsonl"  # type: ignore[operator]
+            text = "".join(json.dumps(record) + "\n" for record in self.result.records)
+            metrics.write_text(text, encoding="utf-8")
+        else:  # other ranks' noise streams start anew, at a place of their own
+            torch.manual_seed(hash((self.options["seed"], self.engine.rank, self.result.steps)) & (2**62 - 1))
+
+    def finish(self) -> None:
+        """Leave the best averaged weights in the diffusion."""
+        if self.best_weights is not None:
+            self.diffusion.load_state_dict(self.best_weights)
+        else:
+            self.ema.copy_to_parameters()
+        self.diffusion.eval()
+
+
+def _recording(cls: Any) -> Any:
+    """A stock ELBO that keeps its last traces, and makes the strict one's checks while told to."""
+
+    class Recording(cls):  # type: ignore[misc]
+        strict = False
+        traces: tuple[Any, Any] = (None, None)
+
+        def _get_trace(self, *args: Any) -> tuple[Any, Any]:
+            self.traces = super()._get_trace(*args)
+            if self.strict:
+                check_mean_field(*self.traces)
+            return self.traces
+
+    return Recording
+
+
+def _count_outside_range(diffusion: GaussianDiffusion) -> Any:
+    """With a learned range, which is not clamped: the share of variance outputs outside [-1, 1] since the last call."""
+    if diffusion.reverse_kernel.variance != "learned_range":
+        return None
+    counts = []
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if module.training:
+            variance = output.detach().chunk(2, dim=1)[1]
+            counts.append((variance.abs() > 1).float().mean())
+
+    diffusion.net.register_forward_hook(hook)
+
+    def share() -> float:
+        value = torch.stack(counts).mean().item() if counts else 0.0
+        counts.clear()
+        return value
+
+    return share
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class _Stop:
+    requested = False
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[_Stop]:
+    """Ctrl-C and SIGTERM ask for a stop after the current step; a second one acts at once."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+        for n, handler in previous.items():
+            signal.signal(n, handler)
+
+    previous = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for n in previous:
+            signal.signal(n, ask)
+        yield stop
+    finally:
+        for n, handler in previous.items():
+            signal.signal(n, handler)
