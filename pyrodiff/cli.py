@@ -50,17 +50,19 @@ class NetOptions:
         multipliers: channels of each resolution, finest first, as multiples of width; each is half the size of the last.
         blocks: residual blocks per resolution (of the MLP).
         attention: resolutions with self-attention, 0 being the finest.
+        resample: how the resolution changes: conv, residual or fixed.
         dropout: dropout probability.
         fourier_features: integers n; sin and cos of 2^n pi x join the input.
         conditional: whether the network sees the class labels.
     """
 
-    width: int = 32
+    width: int = 24
     multipliers: list[float] = field(default_factory=lambda: [1, 2])
-    blocks: int = 2
+    blocks: int = 1
     attention: list[int] = field(default_factory=lambda: [1])
+    resample: str = "conv"
     dropout: float = 0.1
-    fourier_features: list[int] = field(default_factory=lambda: [0, 1, 2])
+    fourier_features: list[int] = field(default_factory=lambda: [3, 4])
     conditional: bool = False
 
 
@@ -77,8 +79,8 @@ class ScheduleOptions:
 
     kind: str = "log_linear"
     steps: int = 1000
-    log_snr_min: float = -8.0
-    log_snr_max: float = 7.0
+    log_snr_min: float = -6.0
+    log_snr_max: float = 6.5
 
     def build(self) -> Schedule:
         """The schedule."""
@@ -125,15 +127,15 @@ class TrainingOptions:
         validate_every: steps between validations; default a tenth of steps.
     """
 
-    steps: int = 2000
-    batch_size: int = 128
+    steps: int = 2500
+    batch_size: int = 64
     accumulate: int = 1
-    lr: float = 2e-3
+    lr: float = 3e-3
     warmup: int = 100
     lr_schedule: str = "cosine"
     weight_decay: float = 0.01
     clip_norm: float = 1.0
-    ema_decay: float = 0.995
+    ema_decay: float = 0.998
     kl: str = "analytic"
     timesteps: str = "low_discrepancy"
     precision: str = "float32"
@@ -362,7 +364,7 @@ def _build(
         else:
             built = nets.UNet(
                 channels, out_channels=outputs, width=net.width, multipliers=net.multipliers, blocks=net.blocks,
-                attention=net.attention, dropout=net.dropout, fourier_features=net.fourier_features, classes=classes,
+                attention=net.attention, resample=net.resample, dropout=net.dropout, fourier_features=net.fourier_features, classes=classes,
             )  # fmt: skip
     return GaussianDiffusion(built, schedule.build(), images.event_shape, bins=images.bins, **asdict(model))
 

@@ -55,8 +55,8 @@ class ELBOTerms:
     Attributes:
         kl: ``"analytic"`` or ``"monte_carlo"``: how the prior and diffusion terms were computed.
         dims: number of dims D of an example.
-        t: the timesteps of the diffusion columns: int64 ``[C]``, or ``[B, C]`` where each example has its own. All of
-            2..T unless subsampled.
+        t: the timesteps of the diffusion columns: int64 ``[C]``, or ``[B, C]`` where each example has its own, or
+            ``[R, B, C]`` where each repeat drew afresh. All of 2..T unless subsampled.
         weights: what each column is multiplied by in the sum over t, shape of ``t``: 1 for all timesteps, about
             (T - 1) / C for subsampled ones.
         draws: the terms by KL, before averaging over the R repeats: prior ``[R, B]``, diffusion ``[R, B, C]`` and
@@ -78,8 +78,13 @@ class ELBOTerms:
 
     @property
     def diffusion(self) -> Tensor:
-        """KL of each reverse step, unweighted: ``[B, C]``; with all timesteps, column j is t = j + 2."""
-        return self.draws[self.kl][1].mean(0)
+        """KL of each reverse step, unweighted: ``[B, C]``; with all timesteps, column j is t = j + 2.
+
+        Repeats are averaged; where each drew its own timesteps, they stand side by side: ``[B, R * C]``, as
+        ``t.movedim(0, 1).flatten(1)`` does.
+        """
+        diffusion = self.draws[self.kl][1]
+        return diffusion.movedim(0, 1).flatten(1) if self.t.dim() == 3 else diffusion.mean(0)
 
     @property
     def reconstruction(self) -> Tensor:
@@ -237,15 +242,17 @@ def elbo_terms(
         leave=False,
     )
     draws: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in KLS}
-    used_t, used_weights, evaluations = torch.empty(0), torch.empty(0), 0
+    used: list[Tensor] = []
+    evaluations = 0
     with diffusion.evaluating(), torch.no_grad(), bar:
         for _ in range(repeats):
-            used_t, used_weights = columns()
+            repeat_t, used_weights = columns()
+            used.append(repeat_t)
             rows: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in KLS}
             for first in range(0, batch, batch_size):
                 part = slice(first, first + batch_size)
                 walk = _chain_terms if t is None and chain else _independent_terms
-                part_t = used_t[part] if used_t.dim() == 2 else used_t
+                part_t = repeat_t[part] if repeat_t.dim() == 2 else repeat_t
                 part_cond = {k: v[part] if isinstance(v, Tensor) and v.dim() else v for k, v in cond.items()}
                 found, calls = walk(diffusion, x0[part], part_t, part_cond, batch_size)
                 evaluations += calls
@@ -256,6 +263,7 @@ def elbo_terms(
                 draws[name].append(tuple(torch.cat(parts) for parts in zip(*rows[name], strict=True)))  # type: ignore[arg-type]
     stacked = {name: tuple(torch.stack(parts) for parts in zip(*draws[name], strict=True)) for name in KLS}
     dims = diffusion.event_shape.numel()
+    used_t = torch.stack(used) if isinstance(t, int) else used[0]
     return ELBOTerms(kl, dims, used_t, used_weights, stacked, evaluations)  # type: ignore[arg-type]
 
 
@@ -385,13 +393,18 @@ def _sites(trace: Trace) -> dict[str, Any]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two scales or masks are equal: the same object, or equal values."""
+    """Whether two scales or masks are equal; no mask is a mask of True."""
     if a is b:
         return True
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        a, b = torch.as_tensor(a), torch.as_tensor(b)
-        return a.shape == b.shape and bool((a == b).all())
-    return bool(a == b)
+    a, b = (True if x is None else x for x in (a, b))
+    if not (isinstance(a, Tensor) or isinstance(b, Tensor)):
+        return bool(a == b)
+    device = a.device if isinstance(a, Tensor) else b.device
+    a, b = torch.as_tensor(a, device=device), torch.as_tensor(b, device=device)
+    try:
+        return bool((a == b).all())
+    except RuntimeError:  # shapes that do not broadcast
+        return False
 
 
 def _base(fn: Any) -> Any:
@@ -426,7 +439,8 @@ class TraceMeanField_ELBO(pyro.infer.TraceMeanField_ELBO):
     """
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
-        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        # Past the parent's own check of the order, which warns where this one raises.
+        model_trace, guide_trace = pyro.infer.Trace_ELBO._get_trace(self, model, guide, args, kwargs)
         check_mean_field(model_trace, guide_trace)
         return model_trace, guide_trace
 

@@ -166,13 +166,13 @@ def _elbo(terms: ELBOTerms, diffusion: GaussianDiffusion | None) -> xarray.Datas
     )
     t_dims = (*draws, columns)[-terms.t.dim() :]
     weights = {"long_name": "what a column is multiplied by in the sum over timesteps"}
-    variables["weights"] = (t_dims, _numpy(terms.weights), weights)
+    variables["weights"] = ((*draws, columns)[-terms.weights.dim() :], _numpy(terms.weights), weights)
     repeats, examples = terms.draws[terms.kl][0].shape
     coords: dict[str, Any] = {"chain": [0], "draw": range(repeats), "obs_id": range(examples)}
     if shared:
         coords["timestep"] = _numpy(terms.t)
     else:
-        about = {"long_name": "timestep of a column; of the last draw if each draw has its own"}
+        about = {"long_name": "timestep of a column"}
         variables["t"] = (t_dims, _numpy(terms.t), about)
     if diffusion is not None:
         of_t = _of_schedule(diffusion.schedule, terms.t)
@@ -233,8 +233,9 @@ def _images(name: str, x: Tensor, dims: Sequence[str]) -> xarray.Dataset:
 def _check(name: str, x: Tensor, batch_dim: int, event: torch.Size | None) -> None:
     check_event(name, x, torch.Size() if event is None else event)
     if x.dim() < batch_dim or (event is not None and x.dim() != batch_dim + len(event)):
-        dims = ", ".join("*" * batch_dim + ("" if event is None else "...")) or "*"
-        raise ShapeError(f"{name} has shape {list(x.shape)}: it needs {batch_dim} batch dims [{dims}]")
+        wanted = {1: "[N, *event]", 2: "[K + 1, n, *event]"}[batch_dim]
+        of_event = "" if event is None else f" with event {list(event)}"
+        raise ShapeError(f"{name} has shape {list(x.shape)}, not {wanted}{of_event}")
 
 
 def _numpy(x: Tensor) -> Any:

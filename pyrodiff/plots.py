@@ -250,9 +250,6 @@ def _by_timestep(terms: ELBOTerms) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     """By timestep or bin of timesteps: its mean and last one; the mean KL and its standard error, nats; the weighted sum."""
     kl = terms.draws[terms.kl][1]  # [R, B, C]
     t, weights = terms.t, terms.weights
-    if t.dim() == 2:
-        # Drawn afresh in every repeat or not, the terms hold the timesteps of the last.
-        kl = kl[-1:]
     repeats, examples, _ = kl.shape
     t, weights = t.expand_as(kl), weights.expand_as(kl)
     if not kl.numel():

@@ -52,9 +52,7 @@ class DDPM:
         }[rule]()
         return np.concatenate([[1.0], found[1:]])
 
-    def decoder_variance(
-        self, decoder: str, rule: str = "", output: np.ndarray | None = None
-    ) -> float:
+    def decoder_variance(self, decoder: str, rule: str = "", output: np.ndarray | None = None) -> float:
         """Variance of p(x_0 | x_1): VDM's om_1 / ab_1, or guided-diffusion's."""
         if decoder == "vdm":
             return float(self.om[0] / self.ab[0])
@@ -139,9 +137,7 @@ class LinearModel:
         """NELBO minus entropy by path KL: right for the exact denoiser only."""
         m_T, v_T = math.sqrt(self.ddpm.ab[-1]) * self.mean, self.v[-1]
         ratio = self.exact_variance / np.concatenate([[self.decoder_variance], self.variance[1:]])
-        return float(
-            0.5 * (v_T + m_T**2 - 1 - np.log(v_T)) + 0.5 * (ratio - 1 - np.log(ratio)).sum()
-        )
+        return float(0.5 * (v_T + m_T**2 - 1 - np.log(v_T)) + 0.5 * (ratio - 1 - np.log(ratio)).sum())
 
     def steps_of_the_chain(self) -> list[tuple[float, float, float]]:
         """(A, B, variance) of x_{t-1} = A x_t + B + noise, for t = 1..T; t = 1 is the decoder."""
@@ -204,9 +200,12 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def index(self, log_snr: Tensor) -> np.ndarray:
-        distance = np.abs(self.ddpm.log_snr - log_snr.detach().double().numpy()[:, None])
-        assert distance.min(-1).max() < 1e-3, "the network is shown a log-SNR of no step"
-        return distance.argmin(-1)
+        """t - 1 of each row; float32 log-SNR is near enough."""
+        seen, table = log_snr.detach().double().numpy(), self.ddpm.log_snr
+        between = (table[1:] + table[:-1]) / 2
+        found = np.searchsorted(-between, -seen)
+        assert np.abs(table[found] - seen).max() < 1e-3, "the network is shown a log-SNR of no step"
+        return found
 
     def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
         def shaped(values: Tensor | np.ndarray) -> Tensor:
@@ -221,9 +220,7 @@ class Denoiser(nn.Module):
             i = self.index(log_snr)
             output = shaped(self.ddpm.c1[i]) * x0 + shaped(self.ddpm.c2[i]) * x
         else:
-            output = {"x0": x0, "eps": eps, "score": -eps / sigma, "v": alpha * eps - sigma * x0}[
-                self.prediction
-            ]
+            output = {"x0": x0, "eps": eps, "score": -eps / sigma, "v": alpha * eps - sigma * x0}[self.prediction]
         if self.variance_output is None:
             return output
         more = shaped(self.variance_output[self.index(log_snr)]).expand(output.shape)
@@ -245,9 +242,7 @@ class GaussianDenoiser(Denoiser):
 class MixtureDenoiser(Denoiser):
     """Exact for data from a mixture of Gaussians, independently in each dimension."""
 
-    def __init__(
-        self, weights: list[float], means: list[float], variances: list[float], *args, **kwargs
-    ):
+    def __init__(self, weights: list[float], means: list[float], variances: list[float], *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.parts = [torch.tensor(z, dtype=torch.float64) for z in (weights, means, variances)]
 

@@ -180,12 +180,19 @@ def test_a_header_that_could_not_be_read_is_not_written(tmp_path, monkeypatch):
 
 
 def test_any_safetensors_reader_can_open_it(tmp_path):
-    tree = {"a": {"b.c": torch.arange(3), "d": [torch.ones(2, dtype=torch.bfloat16)]}, "e": torch.tensor(True)}
+    tree = {"a": {"b.c": torch.arange(3), "d": [torch.ones(2, dtype=torch.bfloat16)]}, "0": torch.tensor(True)}
     write(tmp_path / "x", tree, kind="test")
     tensors = safetensors.torch.load_file(tmp_path / "x")
-    assert set(tensors) == {"a/b.c", "a/d/0", "e"}
-    assert same(tensors["a/b.c"], tree["a"]["b.c"]) and same(tensors["e"], tree["e"])
+    assert set(tensors) == {"a/b.c", "a/d/0", "0"}
+    assert same(tensors["a/b.c"], tree["a"]["b.c"]) and same(tensors["0"], tree["0"])
     assert same(tensors["a/d/0"], tree["a"]["d"][0])
+    content = (tmp_path / "x").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + length])
+    # Int64, bfloat16, bool: each starts at a multiple of its size, as the format asks.
+    assert length % 8 == 0
+    starts = {name: entries[name]["data_offsets"][0] for name in tensors}
+    assert starts == {"a/b.c": 0, "a/d/0": 24, "0": 28}
 
 
 def test_same_tree_same_bytes(tmp_path):
@@ -396,6 +403,21 @@ def test_only_strays_of_the_dead_are_removed(tmp_path):
     assert not stray.exists() and other.exists()
 
 
+@pytest.mark.skipif(checkpoint.fcntl is None, reason="there are no advisory locks")
+def test_a_write_leaves_another_that_is_under_way(tmp_path, monkeypatch):
+    fsync, pending = os.fsync, ["y"]
+
+    def write_another(descriptor):
+        if pending:
+            write(tmp_path / pending.pop(), {"a": 2}, kind="test")
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", write_another)
+    write(tmp_path / "x", {"a": 1}, kind="test")
+    assert read(tmp_path / "x", kind="test") == {"a": 1}
+    assert read(tmp_path / "y", kind="test") == {"a": 2}
+
+
 # ---------------------------------------------------------------- damage
 
 
@@ -563,6 +585,7 @@ CRAFTED = {
     "tensor in a value": dict(tree={"a": 1}, tensors={"a/b": X}),
     "tensor beyond a list": dict(tree={"a": [None]}, tensors={"a/1": X}),
     "tensor at a name in a list": dict(tree={"a": [None]}, tensors={"a/b": X}),
+    "tree is a list": dict(tree=[]),
     "tree is no JSON": dict(metadata=dict(tree="{")),
     "tree is deep": dict(metadata=dict(tree="[" * 10**5)),
     "kind": dict(metadata=dict(kind="resume")),

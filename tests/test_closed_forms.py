@@ -89,6 +89,7 @@ def gaussian(betas, prediction="x0", variance="fixed_small", gain=0.0, bias=0.0,
     return diffusion, oracle
 
 
+@torch.no_grad()
 def exact_terms(diffusion, x0, nodes=3):
     """Prior [B], diffusion [B, T - 1] and reconstruction [B] of the library's laws, no Monte Carlo.
 
@@ -228,14 +229,14 @@ PERTURBATIONS = {
         chain,
     ),
     "decoder: variance for standard deviation": (change_decoder_scale(lambda p, s: s**2), always),
-    "posterior: beta for beta-tilde": (change_posterior(lambda a, b, s, l, r: (a, b, l, l)), chain),
+    "posterior: beta for beta-tilde": (change_posterior(lambda a, b, small, large, r: (a, b, large, large)), chain),
     "posterior: beta-tilde for beta": (
-        change_posterior(lambda a, b, s, l, r: (a, b, s, s)),
+        change_posterior(lambda a, b, small, large, r: (a, b, small, small)),
         lambda steps, variance, **_: steps > 1 and variance in ("fixed_large", "learned_range"),
     ),
-    "posterior: alpha_t for alpha_s": (change_posterior(lambda a, b, s, l, r: (a * r, b, s, l)), chain),
+    "posterior: alpha_t for alpha_s": (change_posterior(lambda a, b, small, large, r: (a * r, b, small, large)), chain),
     "posterior: alpha_t / alpha_s upside down": (  # else b is common to q and p, and cancels
-        change_posterior(lambda a, b, s, l, r: (a, b * r**2, s, l)),
+        change_posterior(lambda a, b, small, large, r: (a, b * r**2, small, large)),
         lambda steps, prediction, **_: steps > 1 and prediction == "previous",
     ),
     "variance rule: 1e-4 off": (change_scale(lambda std: std * (1 + 1e-4)), chain),
@@ -302,7 +303,11 @@ def test_every_term_with_other_decoders(decoder, variance, steps, monkeypatch):
 @pytest.mark.parametrize(
     ("steps", "scale", "figures"),
     [
-        (1000, 1, {"small": (1.29571910, 0.72585094), "large": (0.72688542, 0.72579424), "exact": (0.72579317, 0.72579135)}),
+        (
+            1000,
+            1,
+            {"small": (1.29571910, 0.72585094), "large": (0.72688542, 0.72579424), "exact": (0.72579317, 0.72579135)},
+        ),
         (10, 100, {"small": (3.99905937,), "large": (0.80853426,), "exact": (0.72579139,)}),
     ],
     ids=["T=1000", "T=10"],
@@ -333,7 +338,9 @@ def test_printed_figures(steps, scale, figures, rule):
 # ---------------------------------------------------------------------- C0: algebra
 
 
-@pytest.mark.parametrize("schedule", [LinearSchedule(50), CosineSchedule(50), TableSchedule([0.3])], ids=["linear", "cosine", "one"])
+@pytest.mark.parametrize(
+    "schedule", [LinearSchedule(50), CosineSchedule(50), TableSchedule([0.3])], ids=["linear", "cosine", "one"]
+)
 def test_transitions_compose_and_bayes_rule(schedule, monkeypatch):
     betas = schedule.betas.tolist()
     q = ForwardProcess(schedule, event_dim=0)
@@ -368,9 +375,9 @@ def test_transitions_compose_and_bayes_rule(schedule, monkeypatch):
     wrong = [change_marginal(lambda m, s, x0: (m, s**2)), change_marginal(lambda m, s, x0: (m**2 / x0, s))]
     if schedule.steps > 1:
         wrong += [
-            change_posterior(lambda a, b, s, l, r: (a, b * (1 + 1e-6), s, l)),
-            change_posterior(lambda a, b, s, l, r: (a * r, b, s, l)),
-            change_posterior(lambda a, b, s, l, r: (a, b, l, l)),
+            change_posterior(lambda a, b, small, large, r: (a, b * (1 + 1e-6), small, large)),
+            change_posterior(lambda a, b, small, large, r: (a * r, b, small, large)),
+            change_posterior(lambda a, b, small, large, r: (a, b, large, large)),
         ]
     for perturb in wrong:
         with monkeypatch.context() as patch, pytest.raises(AssertionError):
@@ -466,8 +473,12 @@ def test_one_timestep_estimates_enumerate_to_the_chain(prediction, variance, ste
     t, weight = sampler.sample(64)
     torch.testing.assert_close(weight, (1 / p[t - 1]).float(), rtol=0, atol=0)
     wrong = {
-        "kl doubled": lambda patch: patch.setattr(elbo, "kl_divergence", lambda q, p, f=elbo.kl_divergence: 2 * f(q, p)),
-        "weight T + 1": lambda patch: change(patch, Program, "_one_step", lambda self, r, *_: (*r[:-1], r[-1] * (1 + 1 / steps))),
+        "kl doubled": lambda patch: patch.setattr(
+            elbo, "kl_divergence", lambda q, p, f=elbo.kl_divergence: 2 * f(q, p)
+        ),
+        "weight T + 1": lambda patch: change(
+            patch, Program, "_one_step", lambda self, r, *_: (*r[:-1], r[-1] * (1 + 1 / steps))
+        ),
     }
     for name, perturb in wrong.items():
         with monkeypatch.context() as patch:
@@ -514,7 +525,7 @@ def test_both_factorisations_of_q(steps, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
         if steps > 1:
             with monkeypatch.context() as patch:
-                change_posterior(lambda a, b, s, l, r: (a, b * (1 + 1e-4), s, l))(patch)
+                change_posterior(lambda a, b, small, large, r: (a, b * (1 + 1e-4), small, large))(patch)
                 a, b = densities(*order)
                 assert ((a - b).abs() > 1e-7).any()
 
@@ -591,15 +602,15 @@ def test_svi_estimates_hit_the_closed_form(steps, variance):
 
 def test_an_analytic_kl_with_the_forward_chain_is_wrong_and_the_strict_elbo_says_so():
     diffusion, oracle = gaussian(linear_betas(5), "v", event_shape=(1,))
-    x0 = torch.full((3000, 1), 0.3, dtype=F64)
+    x0 = torch.full((20_000, 1), 0.3, dtype=F64)
     values = sum(elbo.site_terms(*traces(diffusion, x0, guide=diffusion.noising, seed=1)).values())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pyro warns, if its validation is on, and goes on
         torch.manual_seed(1)
         loss = TraceMeanField_ELBO().loss(diffusion.model, diffusion.noising, x0)
         assert abs(loss - values.sum().item()) <= 1e-10 * abs(loss)
-        z = (values.mean() - oracle.nelbo(0.3)) / (values.std() / math.sqrt(3000))
-        assert abs(z) > 50
+        z = (values.mean() - oracle.nelbo(0.3)) / (values.std() / math.sqrt(len(values)))
+        assert abs(z) > 25
         with pytest.raises(ProgramError, match="noisiest first"):
             pyrodiff.TraceMeanField_ELBO().loss(diffusion.model, diffusion.noising, x0)
 
@@ -630,7 +641,7 @@ def test_importance_weighted_bound_on_the_whole_chain(make):
     elbo_value, log_p = -float(oracle.nelbo(0.9)), float(oracle.log_density(0.9))
     assert log_p - elbo_value > 0.5  # a gap worth crossing
     means, errors = [], []
-    for k, repeats in ((4, 150), (256, 60)):
+    for k, repeats in ((4, 100), (256, 25)):
         bound = make(alpha=0.0, num_particles=k, vectorize_particles=True, max_plate_nesting=1)
         values = [-bound.loss(diffusion.model, diffusion.guide, x0) for _ in range(repeats)]
         means.append(np.mean(values))
@@ -658,7 +669,9 @@ def test_every_step_of_the_models_law(steps, variance):
         points = [sampling.ancestral(p, state, t, torch.full_like(state, z), 0.0, {}) for z in (-1.0, 0.0, 1.0)]
         torch.testing.assert_close(points[1], A * state + B, rtol=1e-9, atol=1e-9)
         for point, z in zip(points, (-1.0, 0.0, 1.0), strict=True):
-            torch.testing.assert_close(point - points[1], torch.full_like(state, z * math.sqrt(var)), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                point - points[1], torch.full_like(state, z * math.sqrt(var)), rtol=1e-9, atol=1e-9
+            )
         assert dtype == torch.float32
 
 
@@ -694,8 +707,10 @@ def impulse_responses(monkeypatch, diffusion, **options):
     return x0[-1], x0[:-1] - x0[-1]
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
-@pytest.mark.parametrize("steps", [1, 2, 5, 50, 1000])
+@pytest.mark.parametrize(
+    ("steps", "variance"),
+    [(steps, v) for steps in (1, 2, 5, 50) for v in VARIANCES] + [(1000, "fixed_small"), (1000, "learned_range")],
+)
 def test_moments_of_ancestral_samples(steps, variance, monkeypatch):
     diffusion, oracle = gaussian(linear_betas(steps), "eps", variance, 0.02, -0.01, event_shape=(1,))
     diffusion.reverse_kernel.net = Unit(diffusion.net)
@@ -703,11 +718,13 @@ def test_moments_of_ancestral_samples(steps, variance, monkeypatch):
     mu, V = oracle.marginal()
     assert abs(mean.item() - mu) < 1e-9
     assert abs(response.square().sum().item() - V) < 1e-9
+    if steps == 1000:
+        return
     # by default the last step adds no noise
     mean, response = impulse_responses(monkeypatch, diffusion)
     mu_mean, V_mean = oracle.marginal(last_variance=0.0)
     assert abs(mean.item() - mu_mean) < 1e-9
-    assert response[-1] == 0
+    assert response[-1].abs() < 1e-12
     assert abs(response.square().sum().item() - V_mean) < 1e-9
     assert abs(V - V_mean) > 1e-6
     if steps > 1:  # negative control: variance for standard deviation
@@ -736,7 +753,7 @@ def test_ddim_is_a_first_order_solver_of_the_ode(monkeypatch):
         diffusion, oracle = gaussian(betas, "eps", event_shape=(1,))
         diffusion.reverse_kernel.net = Unit(diffusion.net)
         constant, response = impulse_responses(monkeypatch, diffusion, method="ddim")
-        assert (response[1:] == 0).all()  # deterministic but for x_T
+        assert response[1:].abs().max() < 1e-12  # deterministic but for x_T
         slope = response[0].item()
         # Song et al. eq. 12 with the exact denoiser, as a product of slopes
         d, k = oracle.ddpm, oracle.A
@@ -810,7 +827,7 @@ def test_mixture_bound(rule, printed):
     data, weights = mixture_data(48)
     x0 = as_tensor(data)[:, None]
 
-    def nelbo(prediction, decoder, nodes=48):
+    def build(prediction, decoder):
         if rule == "small":
             net, variance = MixtureDenoiser(*MIXTURE, prediction, betas), "fixed_small"
         elif decoder == "vdm":
@@ -818,22 +835,29 @@ def test_mixture_bound(rule, printed):
         else:  # beta at t = 1 too: as a learned variance
             net, variance = MixtureDenoiser(*MIXTURE, prediction, betas, np.log(betas)), "learned"
         schedule = TableSchedule(betas.tolist())
-        diffusion = GaussianDiffusion(net, schedule, (1,), prediction=prediction, variance=variance, decoder=decoder)
-        prior, kl, nll = exact_terms(diffusion, x0, nodes)
-        w = as_tensor(weights)
-        return float(w @ prior + w @ kl.sum(1)), float(w @ nll)
+        return GaussianDiffusion(net, schedule, (1,), prediction=prediction, variance=variance, decoder=decoder)
 
+    prior, kl, nll = (as_tensor(weights) @ z for z in exact_terms(build("eps", "openai"), x0, 48))
+    rest = float(prior + kl.sum())
     entropy = mixture_entropy()
     assert abs(entropy - 0.2120231) < 6e-8
-    rest, nll = nelbo("eps", "openai")
-    assert abs(rest + nll - printed) < 6e-8
-    rest_vdm, nll_vdm = nelbo("v", "vdm")
-    assert abs(rest_vdm - rest) < 1e-9
+    assert abs(rest + float(nll) - printed) < 6e-8
+    # the same from another coordinate and with VDM's decoder, at some t
+    other = build("v", "vdm")
+    q, p, z = other.forward_process, other.reverse_kernel, as_tensor(hermite(48)[0])[:, None, None]
+    for t in (2, 20, 200):
+        law = q.marginal(x0, t)
+        x_t = law.mean + law.stddev * z
+        found = as_tensor(hermite(48)[1]) @ elbo.kl_divergence(q.posterior(x0, x_t, t), p(x_t, t))
+        assert abs(as_tensor(weights) @ found - kl[t - 2]) < 1e-9
+    law = q.marginal(x0, 1)
+    found = as_tensor(hermite(48)[1]) @ -p.decode(law.mean + law.stddev * z).log_prob(x0)
+    nll_vdm = float(as_tensor(weights) @ found)
     assert entropy < rest + nll_vdm
     # VDM's scale by the adapted formula: the same squared error at t = 1 under another variance
     d = DDPM(betas)
     var = {"large": d.beta[0], "small": d.bt[1]}[rule]
-    error = 2 * var * (nll - 0.5 * math.log(2 * math.pi * var))
+    error = 2 * var * (float(nll) - 0.5 * math.log(2 * math.pi * var))
     vdm = d.om[0] / d.ab[0]
     assert abs(nll_vdm - 0.5 * math.log(2 * math.pi * vdm) - error / (2 * vdm)) < 1e-8
 
@@ -876,7 +900,11 @@ def discrete_nelbo(steps, rule, decoder="openai"):
 
 @pytest.mark.parametrize(
     ("steps", "rule", "printed"),
-    [(50, "large", 7.920607), (200, "large", 7.692277), (200, "small", 8.654038)],
+    [
+        (50, "large", 7.920607),
+        (200, "small", 8.654038),
+        (200, "large", 7.692277),
+    ],
 )
 def test_discrete_data(steps, rule, printed):
     nelbo, entropy = discrete_nelbo(steps, rule)
@@ -886,8 +914,8 @@ def test_discrete_data(steps, rule, printed):
 
 
 def test_discrete_data_with_vdms_decoder():
-    nelbo, entropy = discrete_nelbo(50, "large", "vdm")
-    assert entropy < nelbo < 7.95
+    nelbo, entropy = discrete_nelbo(10, "small", "vdm")
+    assert entropy < nelbo
 
 
 # ---------------------------------------------------------------------- C7: the zero network
@@ -933,7 +961,7 @@ def test_constant_data(prediction, steps):
     diffusion, oracle = gaussian(betas, prediction, var=1e-300, event_shape=(1,))
     x0 = torch.full((2, 1), MEAN, dtype=F64)
     assert excess(exact_terms(diffusion, x0), closed_terms(oracle, x0)) <= 1
-    prior, kl, nll = exact_terms(diffusion, x0)
+    _, kl, _ = exact_terms(diffusion, x0)
     assert kl.abs().max() < 1e-9 if steps > 1 else kl.numel() == 0  # q and p are the same law
     mu, _ = oracle.marginal()
     assert abs(mu - MEAN) < 1e-9
@@ -1021,6 +1049,7 @@ def test_rsample_carries_gradients_and_sample_does_not(method):
     }[method]
     torch.testing.assert_close(gradients[0], expected.detach()[:, None].expand(3, 2))
     assert not law().sample().requires_grad
+
     # the noise is in it: finite differences at one seed
     def value(drops):
         with torch.no_grad():
@@ -1038,7 +1067,7 @@ def finite_differences(function, x, h=1e-5):
     for i in range(len(x)):
         step = torch.zeros_like(x)
         step[i] = h
-        rows.append((float(function(x + step)) - float(function(x - step))) / (2 * h))
+        rows.append((function(x + step) - function(x - step)).item() / (2 * h))
     return torch.tensor(rows, dtype=F64)
 
 
@@ -1081,7 +1110,9 @@ def test_gradient_of_the_bound_with_a_learned_schedule(prediction, variance, dec
     """At fixed noise, against finite differences, for the schedule and the network, both programs."""
     schedule = LearnedSchedule()
     net = Small(outputs=4 if variance == "learned_range" else 2)
-    diffusion = GaussianDiffusion(net, schedule, (2,), prediction=prediction, variance=variance, decoder=decoder).double()
+    diffusion = GaussianDiffusion(
+        net, schedule, (2,), prediction=prediction, variance=variance, decoder=decoder
+    ).double()
     x0 = as_tensor(X0).repeat(2, 1)
     for args in ((x0,), (x0, torch.tensor([1, 2, 3, 4, 1, 2]))):
         for make in (TraceMeanField_ELBO, Trace_ELBO):

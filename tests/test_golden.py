@@ -15,11 +15,12 @@ import pyro
 import pytest
 import torch
 from pyro import poutine
+from torch import nn
+from torch.distributions import kl_divergence
+
 from pyrodiff import CosineSchedule, DiscretizedNormal, GaussianDiffusion, LinearSchedule
 from pyrodiff.elbo import site_terms
 from pyrodiff.timesteps import ImportanceSampler
-from torch import nn
-from torch.distributions import kl_divergence
 
 DATA = Path(__file__).parent / "data"
 SHAPE = (3, 4, 4)
@@ -190,9 +191,7 @@ def vb_bits(diffusion, x0, x_t, t):
     q = diffusion.forward_process.posterior(x0[later], x_t[later], t[later])
     nats[later] = kl_divergence(q, diffusion.reverse_kernel(x_t[later], t[later])).double()
     normal = diffusion.reverse_kernel(x_t[~later].float(), t[~later])
-    decoder = DiscretizedNormal(
-        normal.mean, normal.stddev.expand_as(normal.mean), 2 / 255, -1.0, 1.0, cdf="tanh"
-    )
+    decoder = DiscretizedNormal(normal.mean, normal.stddev.expand_as(normal.mean), 2 / 255, -1.0, 1.0, cdf="tanh")
     nats[~later] = -decoder.log_prob(x0[~later].float()).flatten(1).sum(1).double()
     return nats / (DIMS * math.log(2))
 
@@ -244,12 +243,8 @@ def program_traces(diffusion, x0, x_t, t, weight=None):
     """The one-timestep programs, with their x_t put in the place of the guide's draw."""
     fixed = poutine.trace(diffusion.guide).get_trace(x0, t, weight=weight)
     fixed.nodes["x_t"]["value"] = x_t
-    guide = poutine.trace(poutine.replay(diffusion.guide, trace=fixed)).get_trace(
-        x0, t, weight=weight
-    )
-    model = poutine.trace(poutine.replay(diffusion.model, trace=guide)).get_trace(
-        x0, t, weight=weight
-    )
+    guide = poutine.trace(poutine.replay(diffusion.guide, trace=fixed)).get_trace(x0, t, weight=weight)
+    model = poutine.trace(poutine.replay(diffusion.model, trace=guide)).get_trace(x0, t, weight=weight)
     return model, guide
 
 
@@ -312,9 +307,7 @@ def test_importance_sampler_is_their_second_moment_resampler():
     def normalised(weights):
         return weights / weights.sum()
 
-    sampler = ImportanceSampler(
-        steps, history=int(f["history_per_term"]), uniform_share=float(f["uniform_prob"])
-    )
+    sampler = ImportanceSampler(steps, history=int(f["history_per_term"]), uniform_share=float(f["uniform_prob"]))
     seen = [normalised(f["w_cold"])]
     torch.testing.assert_close(sampler.probabilities, seen[0], rtol=1e-12, atol=0)
     matched = {"w_cold"}

@@ -27,7 +27,7 @@ NETS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "1d": ("UNet", {**SMALL, "channels": 2, "dims": 1, "attention": (0,)}, (2, 8)),
     "2d": ("UNet", {**SMALL, "channels": 3, "attention": (0, 1), "classes": 5}, (3, 4, 6)),
     "2d-square": ("UNet", {**SMALL, "channels": 4, "out_channels": 8}, (4, 4, 4)),
-    "2d-32": ("UNet", {"channels": 1, "width": 32, "multipliers": (1, 2), "blocks": 1}, (1, 4, 4)),
+    "2d-64": ("UNet", {"channels": 1, "width": 32, "multipliers": (2, 2), "blocks": 1}, (1, 4, 4)),
     "2d-additive": (
         "UNet",
         {

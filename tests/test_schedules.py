@@ -10,6 +10,8 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from pyrodiff import (
     CosineSchedule,
     GaussianDiffusion,
@@ -19,7 +21,6 @@ from pyrodiff import (
 )
 from pyrodiff.errors import OptionError, ShapeError
 from pyrodiff.schedules import RespacedSchedule, from_config
-from torch import nn
 
 DATA = Path(__file__).parent / "data"
 RESPACING = json.loads((DATA / "respacing.json").read_text())
@@ -83,8 +84,7 @@ def mp_betas(name, steps):
         first, last = mpmath.mpf(1) / 10000 * scale, mpmath.mpf(1) / 50 * scale
         return [first + (last - first) * i / (steps - 1) for i in range(steps)]
     f = [
-        mpmath.cos((mpmath.mpf(i) / steps + mpmath.mpf("0.008")) / mpmath.mpf("1.008") * mpmath.pi / 2)
-        ** 2
+        mpmath.cos((mpmath.mpf(i) / steps + mpmath.mpf("0.008")) / mpmath.mpf("1.008") * mpmath.pi / 2) ** 2
         for i in range(steps + 1)
     ]
     return [min(1 - f[i + 1] / f[i], mpmath.mpf("0.999")) for i in range(steps)]
@@ -94,10 +94,7 @@ def mp_alpha_bars(name, steps):
     """alpha-bar at t = 1..T."""
     if name == "loglinear":
         low, high = mpmath.mpf(-10), mpmath.mpf(8)
-        snr = [
-            high + (low - high) * (mpmath.mpf(i) / (steps - 1) if steps > 1 else 1)
-            for i in range(steps)
-        ]
+        snr = [high + (low - high) * (mpmath.mpf(i) / (steps - 1) if steps > 1 else 1) for i in range(steps)]
         return [1 / (1 + mpmath.exp(-z)) for z in snr]
     found, product = [], mpmath.mpf(1)
     for beta in mp_betas(name, steps):
@@ -252,13 +249,17 @@ def test_a_table_of_another_shape_raises(betas):
         TableSchedule(betas)
 
 
-@pytest.mark.parametrize("ends", [(5.0, 5.0), (5.0, -5.0), (-math.inf, 5.0), (-5.0, math.nan), (-40.0, 5.0), (-5.0, 40.0)], ids=str)
+@pytest.mark.parametrize(
+    "ends", [(5.0, 5.0), (5.0, -5.0), (-math.inf, 5.0), (-5.0, math.nan), (-40.0, 5.0), (-5.0, 40.0)], ids=str
+)
 def test_log_linear_ends_that_are_refused(ends):
     with pytest.raises(OptionError):
         LogLinearSchedule(10, *ends)
 
 
-@pytest.mark.parametrize("t", [-1, 101, torch.tensor([1, 101]), torch.tensor([-1, 5]), 1.0, torch.tensor([1.5]), True], ids=str)
+@pytest.mark.parametrize(
+    "t", [-1, 101, torch.tensor([1, 101]), torch.tensor([-1, 5]), 1.0, torch.tensor([1.5]), True], ids=str
+)
 @pytest.mark.parametrize("name", ["linear", "cosine", "loglinear", "respaced"])
 def test_t_outside_0_T_or_no_integer_raises(name, t):
     for method in ("log_snr", "alpha", "sigma"):

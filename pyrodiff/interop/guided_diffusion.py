@@ -78,9 +78,7 @@ def unet_arguments(
         "width": model_channels,
         "multipliers": list(channel_mult),
         "blocks": num_res_blocks,
-        "attention": [
-            level for level in range(len(channel_mult)) if 2**level in attention_resolutions
-        ],
+        "attention": [level for level in range(len(channel_mult)) if 2**level in attention_resolutions],
         "dims": dims,
         # Its three-dimensional networks keep the first of the three axes at full resolution.
         "resample_axes": min(dims, 2),
@@ -203,9 +201,7 @@ def load_unet(
         if names
     ]
     if problems:
-        raise CheckpointError(
-            f"{os.fspath(path)} does not fit the arguments; parameters: {'; '.join(problems)}"
-        )
+        raise CheckpointError(f"{os.fspath(path)} does not fit the arguments; parameters: {'; '.join(problems)}")
     net.load_state_dict(state)
     return net.eval()
 

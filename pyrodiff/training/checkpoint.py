@@ -196,6 +196,8 @@ def _read(file: IO[bytes], name: str, kind: str) -> dict[str, Any]:
     if metadata["kind"] != kind:
         raise CheckpointError(f"{name} is a checkpoint of kind {metadata['kind']!r}, not {kind!r}")
     tree = json.loads(metadata["tree"])
+    if not isinstance(tree, dict):
+        raise damaged
     for key, tensor in tensors.items():
         *parents, last = (unquote(part, errors="surrogatepass") for part in key.split("/"))
         node = tree

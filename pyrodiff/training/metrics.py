@@ -102,7 +102,7 @@ class ImageClassifier(nn.Module):
 def fit_classifier(
     x: Tensor, y: Tensor, seed: int = 0, *, steps: int = 500, batch_size: int = 128, learning_rate: float = 5e-3
 ) -> ImageClassifier:
-    """Train a classifier: about three seconds for 8x8 images on one CPU thread.
+    """Train a classifier: a few seconds for 8x8 images on one CPU thread.
 
     Args:
         x: training images, ``[N, C, H, W]`` in model units.
