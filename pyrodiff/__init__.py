@@ -12,9 +12,13 @@ from .diffusion import GaussianDiffusion
 from .distributions import DiscretizedNormal
 from .elbo import ELBOTerms, RenyiELBO, TraceMeanField_ELBO, bits_per_dim, elbo_terms
 from .forward import ForwardProcess
+from .inference_data import to_datatree
 from .reverse import ReverseKernel
 from .sample import sample, trajectory
 from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, TableSchedule
+from .training.checkpoint import load, save
+from .training.data import load_data
+from .training.fit import fit
 
 __all__ = [
     "CosineSchedule",
@@ -33,9 +37,14 @@ __all__ = [
     "distributions",
     "elbo_terms",
     "errors",
+    "fit",
+    "load",
+    "load_data",
     "nets",
     "sample",
+    "save",
     "schedules",
     "timesteps",
+    "to_datatree",
     "trajectory",
 ]

@@ -248,16 +248,17 @@ def program_traces(diffusion, x0, x_t, t, weight=None):
     return model, guide
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @every_variance
 @every_mean
 @every_chain
-def test_simple_objective_is_their_mse(chain, mean_type, variance_type):
+def test_simple_objective_is_their_mse(chain, mean_type, variance_type, dtype):
     f = figures()
-    x0, x_t, t = inputs(chain, torch.float64)
+    x0, x_t, t = inputs(chain, dtype)
     diffusion = build(chain, mean_type, variance_type, objective="simple")
     model, _ = program_traces(diffusion, x0, x_t, t)
     factor = model.nodes["x_objective"]
-    got = -factor["fn"].log_prob(factor["value"]) / DIMS
+    got = -factor["fn"].log_prob(factor["value"]).double() / DIMS
     theirs = f[f"{chain}/{mean_type}/{variance_type}/MSE/mse"].double()
     torch.testing.assert_close(got, theirs, rtol=1e-5, atol=0)
     # the factor is the whole of the ELBO: the chain's sites are masked out

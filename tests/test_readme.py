@@ -1,0 +1,34 @@
+"""The README's Python, verbatim."""
+
+import re
+from pathlib import Path
+
+import pyrodiff
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks():
+    text = README.read_text(encoding="utf-8")
+    return re.findall(r"(?<!<!-- skip -->\n)```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_readme_runs(capsys):
+    code = blocks()
+    assert len(code) == 2
+    scope = {}
+    for block in code:
+        exec(compile(block, str(README), "exec"), scope)
+    assert "bits/dim (±" in capsys.readouterr().out
+    assert scope["images"].shape == (16, 1, 8, 8)
+    assert scope["draws"].shape == (3, 1, 1, 8, 8)
+    names = [n for n, s in scope["trace"].nodes.items() if n.startswith("x_")]
+    assert names == [f"x_{t}" for t in range(10, 0, -1)]
+
+
+def test_every_name_the_readme_uses_exists():
+    text = README.read_text(encoding="utf-8")
+    for name in set(re.findall(r"pyrodiff\.(\w+)", text)) - {"yaml"}:
+        assert hasattr(pyrodiff, name), name
+    for link in re.findall(r"\]\(((?:docs|examples|pyrodiff|[A-Z]+\.md)[^)#]*)\)", text):
+        assert (README.parent / link).exists(), link
