@@ -585,6 +585,14 @@ def test_one_timestep_loss_is_the_sum_of_its_sites(steps):
         torch.manual_seed(3)
         loss = stock_elbo().loss(diffusion.model, diffusion.guide, x0, t)
         assert abs(loss - sum(sites.values()).sum().item()) <= 1e-10 * abs(loss)
+        # model and guide mask alike: no example has both the site of t = 1 and that of t > 1
+        assert (sites["x_t"] == 0).all()
+        assert ((sites["x_0"] != 0) == (t == 1)).all()
+        if steps > 1:
+            assert ((sites["x_s"] != 0) == (t > 1)).all()
+        if kl == "analytic":  # which reads the guide's scales and masks only; the strict one, both
+            torch.manual_seed(3)
+            assert pyrodiff.TraceMeanField_ELBO().loss(diffusion.model, diffusion.guide, x0, t) == loss
 
 
 # ---------------------------------------------------------------------- SVI against the closed form
@@ -956,6 +964,41 @@ def test_a_zero_networks_simple_loss_is_one_per_dim(schedule):
         one[t] = 1.0
         if t % 13 == 0:
             torch.testing.assert_close(enumerated(diffusion, x0, one, None), got, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("objective", ["simple", "min_snr", "p2", "hybrid"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_error_term_of_every_objective(prediction, objective):
+    """``simple``: the network's output against the target it is told; the others: published weights of the x_0 error."""
+    steps = 30
+    betas = linear_betas(steps)
+    diffusion, oracle = gaussian(betas, prediction, "fixed_small", 0.05, -0.02, objective=objective)
+    d, t = oracle.ddpm, torch.arange(1, steps + 1)
+    x0 = torch.randn(steps, 2, dtype=F64)
+    eps = torch.randn(steps, 2, dtype=F64)
+    ab, om, c1, c2 = (as_tensor(a)[:, None] for a in (d.ab, d.om, d.c1, d.c2))
+    x_t = ab.sqrt() * x0 + om.sqrt() * eps
+    x0_hat = as_tensor(oracle.A)[:, None] * x_t + as_tensor(oracle.B)[:, None]
+    if objective in ("simple", "hybrid"):
+        target = {
+            "eps": eps,
+            "x0": x0,
+            "v": ab.sqrt() * eps - om.sqrt() * x0,
+            "score": -eps / om.sqrt(),
+            "previous": c1 * x0 + c2 * x_t,
+        }[prediction]
+        expected = (target - diffusion.net(x_t, as_tensor(d.log_snr))) ** 2
+    else:
+        weight = {"min_snr": (ab / om).clamp(max=5.0), "p2": ab}[objective]
+        expected = weight * (x0 - x0_hat) ** 2
+    for weight in (None, torch.rand(steps, dtype=F64) + 0.5):  # T p(t) = 1 is the default
+        model, _ = traces(diffusion, x0, t, weight=weight, fixed={"x_t": x_t})
+        factor = model.nodes["x_objective"]
+        got = -factor["fn"].log_prob(factor["value"])
+        share = 1.0 if weight is None else weight / steps
+        torch.testing.assert_close(got, expected.sum(1) * share, rtol=1e-9, atol=1e-12)
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(got.roll(1), expected.sum(1) * share, rtol=1e-9, atol=1e-12)
 
 
 def test_the_first_loss_of_a_fresh_unet():

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -135,13 +136,20 @@ def fit(
     check_option("lr_schedule", lr_schedule, ("cosine", "constant"))
     if resume and folder is None:
         raise OptionError("resume=True needs the folder of the run to continue")
-    for name, value, least in (("steps", steps, 1), ("batch_size", batch_size, 1), ("accumulate", accumulate, 1)):
-        if value < least:
-            raise OptionError(f"{name}={value!r} is not at least {least}")
-    if not (0 < lr < math.inf and clip_norm > 0 and warmup >= 0 and weight_decay >= 0):
+    every = max(1, steps // 10) if validate_every is None else validate_every
+    counts = {"steps": steps, "batch_size": batch_size, "accumulate": accumulate}
+    counts |= {"validate_every": every, "validation_timesteps": validation_timesteps}
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise OptionError(f"{name}={value!r} is not an integer of at least 1")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise OptionError(f"seed={seed!r} is not an integer in 0..2**63 - 1")
+    if not (0 < lr < math.inf and clip_norm > 0 and warmup >= 0 and 0 <= weight_decay < math.inf):
         raise OptionError(
             f"lr={lr!r}, clip_norm={clip_norm!r} must be positive; warmup={warmup!r}, weight_decay={weight_decay!r} not negative"
         )
+    # What a resumed run must share with the first one; flat, so that a refusal names the one that differs.
+    network = getattr(diffusion.net, "config", None)
     options = {
         "batch_size": batch_size,
         "accumulate": accumulate,
@@ -156,18 +164,21 @@ def fit(
         "precision": precision,
         "seed": seed,
         "steps": steps if lr_schedule == "cosine" else None,
-        "diffusion": diffusion.config,
+        **{f"diffusion.{k}": v for k, v in diffusion.config.items()},
+        **{f"net.{k}": v for k, v in (network if isinstance(network, dict) else {}).items()},
         "examples": len(data),
     }
     cond = _check_data(diffusion, "data", data, cond)
     validation_cond = {} if validation is None else _check_data(diffusion, "validation", validation, validation_cond)
-    engine = _Engine.of(device)
+    engine = _Engine.of(device, unused=diffusion.objective != "elbo")
     share, rest = divmod(batch_size, engine.world_size * accumulate)
     if rest or len(data) < batch_size:
         raise OptionError(
             f"batch_size={batch_size} must divide by processes x accumulate = {engine.world_size * accumulate} and not exceed "
             f"the {len(data)} examples"
         )
+    if folder is not None:
+        _check_folder(Path(folder), resume)
     diffusion.to(engine.device)
     with contextlib.ExitStack() as stack:
         # Parameters live in the modules, not in Pyro's global store: two fits in one process cannot meet there.
@@ -175,30 +186,31 @@ def fit(
         stack.enter_context(torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []))
         stop = stack.enter_context(_interruptible())
         run = _Run(diffusion, options, engine, folder, stack)
-        torch.manual_seed(int(np.random.SeedSequence([seed, engine.rank]).generate_state(1, np.uint64)[0] >> 1))
         if resume:
             run.restore()
         result, start = run.result, time.monotonic()
-        every = validate_every or max(1, steps // 10)
         score = None if validation is None else (validation, validation_cond, validation_timesteps, 4 * share)
+        # In a log file (no terminal) a bar would be thousands of lines: there it is a line per validation.
+        shown = progress and engine.rank == 0
         bar = tqdm(
-            total=steps, initial=result.steps, desc="training", unit="step", disable=not (progress and engine.rank == 0),
+            total=steps, initial=result.steps, desc="training", unit="step", disable=None if shown else True,
             dynamic_ncols=True, smoothing=0.05, mininterval=0.5,
         )  # fmt: skip
         stack.enter_context(bar)
         order = _Order(seed, len(data), batch_size)
-        running = math.nan
-        while result.steps < steps and not stop.requested:
+        while result.steps < steps and not run.stopped:
             indices = order.batch(result.steps).reshape(accumulate, engine.world_size, share)[:, engine.rank]
-            loss = run.step([(data[i], {k: v[i] for k, v in cond.items()}) for i in indices], steps)
-            running = loss if math.isnan(running) else running + 0.05 * (loss - running)
-            bar.set_postfix_str(run.describe(running), refresh=False)
+            parts = [(data[i], {k: v[i] for k, v in cond.items()}) for i in indices]
+            run.step(parts, steps, stop)
+            bar.set_postfix_str(run.describe(), refresh=False)
             bar.update()
             if result.steps % every == 0 or result.steps == steps:
-                run.validate(score, running, time.monotonic() - start)
+                run.validate(score, time.monotonic() - start)
                 run.save()
-                bar.set_postfix_str(run.describe(running), refresh=False)
-        if stop.requested:
+                bar.set_postfix_str(run.describe(), refresh=False)
+                if shown and bar.disable:
+                    print(f"step {result.steps} of {steps}: {run.describe()}", file=sys.stderr, flush=True)
+        if run.stopped or stop.requested:
             result.interrupted = True
             run.save()
         result.seconds = time.monotonic() - start
@@ -214,13 +226,33 @@ def _check_data(
         raise DataError(
             f"{name} has shape {list(x.shape)}, not [N, {', '.join(map(str, diffusion.event_shape))}] with N >= 1"
         )
+    dtypes = {p.dtype for p in diffusion.parameters()}
+    if x.dtype not in dtypes:
+        raise DataError(f"{name} has dtype {x.dtype}, the parameters {', '.join(map(str, dtypes))}: convert either")
     if not x.isfinite().all():
         bad = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
         raise DataError(f"{name}[{bad}] holds NaN or infinite values")
+    kernel = diffusion.reverse_kernel
+    if kernel.bins is not None:
+        law: Any = kernel.law_of_x_0(x.new_zeros(()), x.new_ones(()), 0)
+        on_grid = law.support.check(x)
+        if not on_grid.all():
+            bad = int((~on_grid).flatten(1).any(1).nonzero()[0])
+            raise DataError(f"{name}[{bad}] has values off the grid of bins={kernel.bins} (levels, low, high)")
     for key, value in (cond or {}).items():
-        if len(value) != len(x):
-            raise DataError(f"{key} has {len(value)} rows for {len(x)} examples of {name}")
+        if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != len(x):
+            rows = len(value) if isinstance(value, Tensor) and value.dim() else "no"
+            raise DataError(f"{key} is no tensor with a row for each of the {len(x)} examples of {name}: it has {rows}")
     return cond or {}
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    """Nothing is made in a folder that holds no run to continue, and nothing in one that does is overwritten."""
+    path = folder / "resume.safetensors"
+    if resume and not path.exists():
+        raise CheckpointError(f"{str(path)!r} does not exist: there is no run to continue")
+    if not resume and (taken := [p for p in (path, folder / checkpoint.MODEL) if p.exists()]):
+        raise OptionError(f"{str(taken[0])!r} exists: resume that run, or name another folder")
 
 
 class _Order:
@@ -248,10 +280,9 @@ class _Engine:
     fabric: Any = None
 
     @classmethod
-    def of(cls, device: str | torch.device | None) -> _Engine:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device)
+    def of(cls, device: str | torch.device | None, unused: bool = False) -> _Engine:
+        """Under torchrun, this process's part of it; ``unused``: some parameters may get no gradient."""
+        device = check_device(device)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
             return cls(device)
@@ -265,9 +296,34 @@ class _Engine:
                     f'WORLD_SIZE={world_size}: several processes need Lightning Fabric: pip install "pyrodiff[distributed]"'
                 ) from None
         nodes = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        fabric = Fabric(accelerator=device.type, devices=world_size // nodes, num_nodes=nodes, strategy="ddp")
+        strategy = "ddp_find_unused_parameters_true" if unused else "ddp"
+        fabric = Fabric(accelerator=device.type, devices=world_size // nodes, num_nodes=nodes, strategy=strategy)
         fabric.launch()
         return cls(fabric.device, fabric.global_rank, world_size, fabric)
+
+    def mean(self, *values: Tensor) -> list[float]:
+        """Scalars as numbers, averaged over the processes: one transfer."""
+        stacked = torch.stack([v.detach().float() for v in values])
+        if self.fabric is not None:
+            stacked = self.fabric.all_reduce(stacked, reduce_op="mean")
+        return stacked.tolist()
+
+    def gather(self, value: Tensor) -> Tensor:
+        """Rows of all processes."""
+        return value if self.fabric is None else self.fabric.all_gather(value).flatten(0, 1)
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    """The device named, or CUDA where there is one; :class:`OptionError` if it is not there."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+        torch.zeros((), device=found).item()
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise OptionError(f"device={str(device)!r} cannot be used: {reason}") from None
+    return found
 
 
 class _Run:
@@ -298,15 +354,19 @@ class _Run:
         self.sampler = draws.ImportanceSampler(diffusion.steps) if options["timesteps"] == "importance" else None
         self.best_weights: dict[str, Tensor] | None = None
         self.skipped_in_a_row = 0
-        self.outside = _count_outside_range(diffusion)
+        self.running = math.nan  # the loss of recent steps
+        self.stopped = False
+        self.outside = _count_outside_range(diffusion, stack)
         if engine.fabric is not None:
             self.loss = engine.fabric.setup_module(self.loss)
             self.optimizer = engine.fabric.setup_optimizers(self.optimizer)
 
     # ------------------------------------------------------------------ a step
 
-    def step(self, parts: list[tuple[Tensor, dict[str, Tensor]]], steps: int) -> float:
-        """One optimiser step on a batch given in parts; returns the loss, nats (or the objective) per dim."""
+    def step(self, parts: list[tuple[Tensor, dict[str, Tensor]]], steps: int, stop: _Stop) -> None:
+        """One optimiser step on a batch given in parts; ``stop`` on one process makes it the last one of all."""
+        # Noise is a function of seed, rank and step, so that there is no random state to save or to restore.
+        _seed(self.engine.device, self.options["seed"], self.engine.rank, self.result.steps)
         self.diffusion.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.engine.device)
@@ -316,17 +376,19 @@ class _Run:
                 self.engine.fabric.backward(loss) if self.engine.fabric else loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.diffusion.parameters(), self.options["clip_norm"])
-        loss_value, norm_value = torch.stack([total, norm]).tolist()
+        # The same numbers on every rank, so that all skip, or stop, or none does.
+        loss_value, norm_value, stops = self.engine.mean(total, norm, total.new_tensor(float(stop.requested)))
+        self.stopped = stops > 0
         self.result.steps += 1
-        # The gradient is the same on every rank, so that all skip or none does.
-        if not math.isfinite(norm_value):
-            return self._skip(loss_value)
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            self._skip(loss_value)
+            return
         self.skipped_in_a_row = 0
+        self.running = loss_value if math.isnan(self.running) else self.running + 0.05 * (loss_value - self.running)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(steps)
         self.optimizer.step()
         self.ema.update()
-        return loss_value
 
     def _loss(self, x0: Tensor, cond: dict[str, Tensor]) -> Tensor:
         device = self.engine.device
@@ -343,8 +405,10 @@ class _Run:
             model_trace, guide_trace = self.elbo.traces
             terms = site_terms(model_trace, guide_trace, self.options["kl"])
             prefix = f"{self.diffusion.name}_" if self.diffusion.name else ""
-            per_example = (terms[f"{prefix}x_s"] + terms[f"{prefix}x_0"]) / weight
-            self.sampler.update(t.cpu(), per_example.detach().cpu())
+            names = [f"{prefix}{name}" for name in ("x_s", "x_0", "objective")]  # those that carry the weight
+            scaled = torch.stack([terms[name].detach() for name in names if name in terms]).sum(0)
+            # With data_size the sites carry Pyro's N / B too: the same factor for all.
+            self.sampler.update(self.engine.gather(t).cpu(), self.engine.gather(scaled / weight).cpu())
         # Pyro's sum over examples and dims (times N / B with data_size), as a mean.
         examples = self.diffusion.data_size or len(x0)
         return loss / (examples * self.dims)
@@ -367,18 +431,19 @@ class _Run:
         fall = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)) if options["lr_schedule"] == "cosine" else 1.0
         return options["lr"] * rise * fall
 
-    def _skip(self, loss: float) -> float:
+    def _skip(self, loss: float) -> None:
         self.result.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= MAX_SKIPPED:
+            self.save()  # the weights are those of the last good step
             where = f"; the last good state is in {self.read_folder}" if self.read_folder else ""
             raise DivergenceError(
                 f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient (last loss {loss}){where}"
             )
-        return math.nan
 
-    def describe(self, running: float) -> str:
+    def describe(self) -> str:
         """The progress bar's figures."""
+        running = self.running
         if self.diffusion.objective == "elbo":
             text = f"{running / math.log(2):.3f} bits/dim"
         else:
@@ -389,14 +454,13 @@ class _Run:
 
     # ------------------------------------------------------------------ validation and checkpoints
 
-    def validate(
-        self, score: tuple[Tensor, dict[str, Tensor], int, int] | None, running: float, seconds: float
-    ) -> None:
+    def validate(self, score: tuple[Tensor, dict[str, Tensor], int, int] | None, seconds: float) -> None:
         """Score the averaged weights and keep them if they are the best."""
         if self.engine.rank:
             return
+        running = self.running if math.isfinite(self.running) else None  # JSON has no NaN
         record: dict[str, Any] = {"step": self.result.steps, "train_loss_nats_per_dim": running, "lr": self._last_lr()}
-        if self.diffusion.objective == "elbo":
+        if running is not None and self.diffusion.objective == "elbo":
             record["train_bits_per_dim"] = running / math.log(2)
         bound = None
         with self.ema.swapped_in():
@@ -406,13 +470,15 @@ class _Run:
                 cond = {k: v.to(device) for k, v in cond.items()}
                 # The same noise every time: differences between validations are the weights'.
                 with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                    torch.manual_seed(self.options["seed"])
+                    _seed(device, self.options["seed"])
                     columns = count if self.diffusion.steps > 1 else None
                     options: Any = {"repeats": 2, "batch_size": batch_size, **cond}
                     terms = elbo_terms(self.diffusion, x0.to(device), columns, **options)
                 bound = bits_per_dim(terms)
                 record |= {"validation_bits_per_dim": bound.mean, "validation_se_noise": bound.se_noise}
-            if bound is None or self.result.best is None or bound.mean < self.result.best.mean:
+            best = self.result.best
+            # A bound that is not finite is never the best, but for want of another.
+            if bound is None or best is None or bound.mean < best.mean or math.isnan(best.mean):
                 self.result.best, self.result.best_step = bound, self.result.steps
                 self.best_weights = {k: v.detach().clone() for k, v in self.diffusion.state_dict().items()}
                 if self.folder is not None:
@@ -444,7 +510,8 @@ class _Run:
             },
             "ema": self.ema.state_dict(),
             "sampler": None if self.sampler is None else self.sampler.state_dict(),
-            "random": _random_state(self.engine.device),
+            "running": self.running,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "result": {
                 "steps": result.steps,
                 "best_step": result.best_step,
@@ -465,7 +532,10 @@ class _Run:
             raise CheckpointError(
                 f"{path} is of a run with {key}={tree['options'].get(key)!r}, not {mine[key]!r}; resume with the same options"
             )
-        self.diffusion.load_state_dict(tree["weights"])
+        try:
+            self.diffusion.load_state_dict(tree["weights"])
+        except RuntimeError:  # torch's message has a line per weight
+            raise CheckpointError(f"{path} holds the weights of another network") from None
         self.best_weights = tree["best_weights"]
         state = self.optimizer.state_dict()
         state["state"] = {int(k): v for k, v in tree["optimizer"]["state"].items()}
@@ -477,13 +547,11 @@ class _Run:
         saved = tree["result"]
         best = saved.pop("best")
         self.result = Fit(best=None if best is None else BitsPerDim(*best), **saved)
-        if self.engine.rank == 0:
-            _set_random_state(tree["random"], self.engine.device)
-            metrics = self.read_folder / "metrics.jsonl"  # type: ignore[operator]
+        self.running, self.skipped_in_a_row = tree["running"], tree["skipped_in_a_row"]
+        if self.folder is not None:
+            metrics = self.folder / "metrics.jsonl"
             text = "".join(json.dumps(record) + "\n" for record in self.result.records)
             metrics.write_text(text, encoding="utf-8")
-        else:  # other ranks' noise streams start anew, at a place of their own
-            torch.manual_seed(hash((self.options["seed"], self.engine.rank, self.result.steps)) & (2**62 - 1))
 
     def finish(self) -> None:
         """Leave the best averaged weights in the diffusion."""
@@ -491,6 +559,9 @@ class _Run:
             self.diffusion.load_state_dict(self.best_weights)
         else:
             self.ema.copy_to_parameters()
+        if self.engine.fabric is not None:  # rank 0 alone knows which were best
+            for value in self.diffusion.state_dict().values():
+                torch.distributed.broadcast(value, 0)
         self.diffusion.eval()
 
 
@@ -510,7 +581,7 @@ def _recording(cls: Any) -> Any:
     return Recording
 
 
-def _count_outside_range(diffusion: GaussianDiffusion) -> Any:
+def _count_outside_range(diffusion: GaussianDiffusion, stack: contextlib.ExitStack) -> Any:
     """With a learned range, which is not clamped: the share of variance outputs outside [-1, 1] since the last call."""
     if diffusion.reverse_kernel.variance != "learned_range":
         return None
@@ -521,7 +592,8 @@ def _count_outside_range(diffusion: GaussianDiffusion) -> Any:
             variance = output.detach().chunk(2, dim=1)[1]
             counts.append((variance.abs() > 1).float().mean())
 
-    diffusion.net.register_forward_hook(hook)
+    handle = diffusion.net.register_forward_hook(hook)
+    stack.callback(handle.remove)
 
     def share() -> float:
         value = torch.stack(counts).mean().item() if counts else 0.0
@@ -531,17 +603,13 @@ def _count_outside_range(diffusion: GaussianDiffusion) -> Any:
     return share
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
+def _seed(device: torch.device, *numbers: int) -> None:
+    """Seed the CPU's generator and the device's, and no other GPU's, as ``torch.manual_seed`` would."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 class _Stop:
