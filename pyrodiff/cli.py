@@ -9,6 +9,7 @@ Exit codes: 0; 2 for a mistake of the user's (one line on stderr says which), 1 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -27,13 +28,13 @@ from . import inference_data, nets, plots
 from ._version import __version__
 from .diffusion import GaussianDiffusion
 from .elbo import ELBOTerms, bits_per_dim, elbo_terms
-from .errors import CheckpointError, DataError, OptionError, PyrodiffError, check_option
+from .errors import CheckpointError, DataError, OptionError, PyrodiffError, ShapeError, check_option
 from .sample import sample as draw
 from .sample import trajectory
 from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, Schedule
 from .training import checkpoint, metrics
 from .training.data import ImageData, load_data, to_levels
-from .training.fit import fit
+from .training.fit import check_device, fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,7 +151,7 @@ class ScoringOptions:
         timesteps: timesteps per image and repeat, spread over 2..T; 0 for all of them, along one chain.
         repeats: independent repeats; from 2 on the bound has a standard error over noise.
         samples: samples drawn for the picture and the figures of sample quality.
-        sample_steps: a respacing of the chain for them: 100, ddim50, ...; default all steps.
+        sample_steps: a respacing of the chain for them: 100 (at most), ddim50, ...; null for all steps.
         images: at most that many test images are scored.
     """
 
@@ -159,6 +160,16 @@ class ScoringOptions:
     samples: int = 1000
     sample_steps: str | None = "100"
     images: int = 2000
+
+    def check(self, steps: int) -> None:
+        """Refuse before training what would fail after it; ``steps`` is the schedule's T."""
+        for name, least in (("timesteps", 0), ("repeats", 1), ("samples", 2), ("images", 1)):
+            if getattr(self, name) < least:
+                raise OptionError(f"scoring.{name}={getattr(self, name)!r} is not at least {least}")
+        if self.timesteps and steps < 2:
+            raise OptionError(
+                f"scoring.timesteps={self.timesteps!r} has nothing to draw from at schedule.steps=1; 0 will do"
+            )
 
 
 def train(
@@ -200,19 +211,23 @@ def train(
     if resume and out is None:
         raise OptionError("resume=true needs out: the folder of the run to continue")
     folder = Path(out) if out is not None else _free_folder(Path("runs") / images.name)
-    if not resume and (folder / "resume.safetensors").exists():
+    if not resume and _taken(folder):
         raise OptionError(
             f"out={str(folder)!r} holds a run already; continue it with --resume true, or name another folder"
         )
     diffusion = _build(images, net, schedule, model, seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    scoring.check(diffusion.steps)
+    _sample_steps(diffusion, scoring)
     options = {
         "data": data, "net": asdict(net), "schedule": asdict(schedule), "model": asdict(model), "training": asdict(training),
         "scoring": asdict(scoring), "data_dir": data_dir, "levels": levels, "seed": seed, "device": device,
     }  # fmt: skip
     first = int(os.environ.get("RANK", "0")) == 0
+    text = yaml.safe_dump(options, sort_keys=False)
     if first:
-        (folder / "run.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+        if not resume:  # a resumed run keeps its own until these options have proved to be its continuation
+            with checkpoint.lock(folder):
+                _write(folder / "run.yaml", text)
         parameters = sum(p.numel() for p in diffusion.parameters())
         print(
             f"{images.description}\n{type(diffusion.net).__name__} with {parameters:,} parameters, T = {diffusion.steps}"
@@ -222,12 +237,15 @@ def train(
         diffusion, images.train, images.validation, cond=cond, validation_cond=validation_cond,
         folder=folder, resume=resume, seed=seed, device=device, progress=progress, **asdict(training),
     )  # fmt: skip
+    if first:
+        _write(folder / "run.yaml", text)
     if result.interrupted:
         if first:
-            print(f"\nstopped at step {result.steps} of {training.steps}; go on with: --out {folder} --resume true")
+            again = f"pyrodiff train --config {folder / 'run.yaml'} --out {folder} --resume true"
+            print(f"\nstopped at step {result.steps} of {training.steps}; go on with: {again}")
         raise KeyboardInterrupt
     if first:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             rows = _report(diffusion, images, net, scoring, folder, seed, progress)
         rows.insert(0, ("training", f"{result.steps} steps in {result.seconds:.0f} s, best at {result.best_step}"))
@@ -250,6 +268,7 @@ def elbo(
     chain: bool = True,
     images: int | None = None,
     data_dir: str | None = None,
+    levels: int | None = None,
     seed: int = 0,
     device: str | None = None,
     progress: bool = True,
@@ -265,12 +284,22 @@ def elbo(
         chain: with all timesteps, walk one chain per image; false draws each state independently.
         images: score only the first so many.
         data_dir: where mnist and fashion-mnist lie.
+        levels: number of levels of an integer array whose dtype does not tell.
         seed: of the noise.
         device: default cuda where there is one.
         progress: show a progress bar.
     """
     check_option("split", split, ("train", "validation", "test"))
-    diffusion, loaded = _load(run, device), _run_data(run, data, data_dir)
+    if images is not None and images < 1:
+        raise OptionError(f"images={images!r} is not at least 1")
+    if not 0 <= seed < 2**63:
+        raise OptionError(f"seed={seed!r} is not an integer in 0..2**63 - 1")
+    diffusion, loaded = _load(run, device), _run_data(run, data, data_dir, levels)
+    if loaded.bins != diffusion.reverse_kernel.bins:
+        kinds = [
+            "continuous" if b is None else f"on {b[0]} levels" for b in (loaded.bins, diffusion.reverse_kernel.bins)
+        ]
+        raise DataError(f"{loaded.name} is {kinds[0]}, the model {kinds[1]}: their bits/dim would mean nothing")
     x0 = getattr(loaded, split)[:images]
     labels = getattr(loaded, f"{split}_labels")
     cond = {"y": labels[: len(x0)]} if labels is not None and getattr(diffusion.net, "classes", None) else {}
@@ -311,8 +340,12 @@ def sample(
     path = Path(out)
     check_option("the suffix of out", path.suffix, (".png", ".npy"))
     diffusion = _load(run, device)
+    if n < 1:
+        raise OptionError(f"n={n!r} is not at least 1")
+    if path.suffix == ".png" and len(diffusion.event_shape) != 3:
+        raise OptionError(f"out={out!r} is a picture, and the model's are vectors: give a .npy")
     cond: Any = {} if label is None else {"y": torch.full((n,), label, device=next(diffusion.parameters()).device)}
-    x = draw(diffusion, n, method, steps, seed, last, eta=eta, progress=progress, **cond)
+    x = draw(diffusion, n, method, steps, seed, last, eta=eta, progress=_bar(progress), **cond)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         _save(plots.image_grid(x.cpu(), data_range=_range(diffusion)), path)
@@ -332,18 +365,41 @@ def info(run: str) -> None:
     print(f"{type(diffusion.net).__name__}, {parameters:,} parameters")
     config = {"network": getattr(diffusion.net, "config", None), **diffusion.config}
     print(yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False).strip())
-    log = Path(run) / "metrics.jsonl"
-    if log.is_file():
-        *_, last = log.read_text(encoding="utf-8").splitlines()
-        print(f"last record: {last}")
+    log = _run_folder(run) / "metrics.jsonl"
+    if log.is_file() and (records := log.read_text(encoding="utf-8", errors="replace").splitlines()):
+        print(f"last record: {records[-1]}")
 
 
 # ---------------------------------------------------------------------- their parts
 
 
+def _taken(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return any((folder / name).exists() for name in ("resume.safetensors", checkpoint.MODEL))
+
+
+def _run_folder(run: str) -> Path:
+    path = Path(run)
+    return path.parent if path.is_file() else path
+
+
+def _bar(progress: bool) -> bool:
+    """Progress bars are for people: a log file would get thousands of lines."""
+    return progress and sys.stderr.isatty()
+
+
+def _sample_steps(diffusion: GaussianDiffusion, scoring: ScoringOptions) -> str | None:
+    """The respacing of the samples, checked; a plain number asks for at most so many steps."""
+    spec = scoring.sample_steps
+    if spec is None or (spec.isdecimal() and int(spec) >= diffusion.steps):
+        return None
+    diffusion.schedule.respace(spec)
+    return spec
+
+
 def _free_folder(folder: Path) -> Path:
     number, candidate = 1, folder
-    while (candidate / "resume.safetensors").exists():
+    while _taken(candidate):
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
@@ -354,10 +410,10 @@ def _build(
 ) -> GaussianDiffusion:
     channels = images.event_shape[0]
     outputs = channels * (2 if model.variance.startswith("learned") else 1)
-    labels = images.train_labels
-    classes = int(labels.max()) + 1 if net.conditional and labels is not None else None
+    splits = (images.train_labels, images.validation_labels, images.test_labels)
+    classes = max(int(y.max()) + 1 for y in splits if y is not None and len(y)) if net.conditional else None
     built: nn.Module
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if len(images.event_shape) == 1:
             built = nets.MLP(channels, out_features=outputs, width=net.width, depth=net.blocks, classes=classes)
@@ -374,23 +430,26 @@ def _labels(net: NetOptions, labels: Tensor | None) -> dict[str, Tensor]:
 
 
 def _load(run: str, device: str | None) -> GaussianDiffusion:
-    return checkpoint.load(run, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return checkpoint.load(run, device=check_device(device))
 
 
-def _run_data(run: str, data: str | None, data_dir: str | None) -> ImageData:
+def _run_data(run: str, data: str | None, data_dir: str | None, levels: int | None) -> ImageData:
     """The data named, or the run's own."""
     if data is not None:
-        return load_data(data, data_dir=data_dir)
-    path = Path(run) / "run.yaml"
+        return load_data(data, data_dir=data_dir, levels=levels)
+    path = _run_folder(run) / "run.yaml"
     if not path.is_file():
         raise OptionError(f"{path} does not exist, so that the run's data is unknown: name it with --data")
-    options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(options, dict) or "data" not in options:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} is no YAML: {error}") from None
+    if not isinstance(options, dict) or not isinstance(options.get("data"), str):
         raise DataError(f"{path} does not name the run's data")
     return load_data(
         options["data"],
         seed=options.get("seed", 0),
-        levels=options.get("levels"),
+        levels=levels or options.get("levels"),
         data_dir=data_dir or options.get("data_dir"),
     )
 
@@ -406,7 +465,7 @@ def _score(
 ) -> ELBOTerms:
     device = next(diffusion.parameters()).device
     options: Any = {k: v.to(device) for k, v in cond.items()}
-    options |= {"chain": chain, "repeats": repeats, "progress": progress}
+    options |= {"chain": chain, "repeats": repeats, "progress": _bar(progress)}
     return elbo_terms(diffusion, x0.to(device), timesteps or None, **options)
 
 
@@ -432,12 +491,20 @@ def _report(
     rows += [(f"  {part}", str(bits_per_dim(terms, part))) for part in ("prior", "diffusion", "reconstruction")]
     rows.append(("  by MC KL", str(bits_per_dim(terms.by("monte_carlo")))))
     _write(folder / "ledger.txt", f"{terms}\n")
-    _write(folder / "ledger.json", json.dumps(terms.table(), indent=1) + "\n")
+    _write(folder / "ledger.json", json.dumps([_finite(row) for row in terms.table()], indent=1) + "\n")
     device = next(diffusion.parameters()).device
     cond: Any = {}
     if net.conditional:
         cond["y"] = (torch.arange(scoring.samples) % diffusion.net.classes).to(device)  # type: ignore[operator]
-    samples = draw(diffusion, scoring.samples, "ancestral", scoring.sample_steps, seed, progress=progress, **cond).cpu()
+    samples = draw(
+        diffusion,
+        scoring.samples,
+        "ancestral",
+        _sample_steps(diffusion, scoring),
+        seed,
+        progress=_bar(progress),
+        **cond,
+    ).cpu()
     quality = _quality(samples, images, seed)
     rows += [(k, v) for k, v in quality.pop("summary")]
     if quality:
@@ -446,7 +513,7 @@ def _report(
     inference_data.write(tree, folder / "elbo.nc")
     try:
         _pictures(diffusion, terms, samples, images, folder, seed, cond)
-    except OptionError as error:  # matplotlib is an extra; the numbers are all there
+    except (OptionError, ShapeError) as error:  # matplotlib is an extra; the numbers are all there
         rows.append(("no pictures", str(error)))
     return rows
 
@@ -454,6 +521,8 @@ def _report(
 def _quality(samples: Tensor, images: ImageData, seed: int) -> dict[str, Any]:
     """Figures of sample quality, where the data are small labelled images."""
     labels = images.train_labels
+    if len(images.test) < 2:
+        return {"summary": []}
     if labels is None or images.bins is None or len(images.event_shape) != 3 or max(images.event_shape[1:]) > 32:
         return {"summary": []}
     levels, low, high = images.bins
@@ -507,6 +576,11 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """With null for what JSON has no number for (a standard error from one repeat)."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
 # ---------------------------------------------------------------------- the entry point
 
 
@@ -541,12 +615,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        parser = _parser()
-        parsed: Namespace = parser.parse_args(arguments)
-        command = parsed.command
-        options = parser.instantiate_classes(parsed)[command]
-        options = {k: v for k, v in vars(options).items() if k not in ("config", "debug")}
-        COMMANDS[command](**options)
+        try:
+            parser = _parser()
+            parsed: Namespace = parser.parse_args(arguments)
+            command = parsed.command
+            options = parser.instantiate_classes(parsed)[command]
+            options = {k: v for k, v in vars(options).items() if k not in ("config", "debug")}
+            COMMANDS[command](**options)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is not yet the interpreter's problem
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `pyrodiff ... | head`: nobody is reading, and nothing is wrong

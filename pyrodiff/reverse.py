@@ -70,9 +70,9 @@ class ReverseKernel(nn.Module):
         variance: ``"fixed_small"`` :math:`\sigma_s^2 c`, ``"fixed_large"`` :math:`\sigma_t^2 c = \beta_t`, ``"learned"`` (the network's
             log-variance), or ``"learned_range"`` (its interpolation of the two logs, -1 the small and 1 the large; not
             clamped to that range).
-        decoder: scale of :math:`p(x_0 \mid x_1)`: ``"vdm"`` :math:`\sigma_1/\alpha_1`; ``"learned"``, one learned number that
-            starts there; ``"openai"``, guided-diffusion's: the posterior's variance at t = 2 for both fixed rules, the
-            network's own for the learned ones (needs T >= 2).
+        decoder: scale of :math:`p(x_0 \mid x_1)`: ``"vdm"`` :math:`\sigma_1/\alpha_1`; ``"learned"``, one learned number
+            (per element of a schedule that has several) that starts there; ``"openai"``, guided-diffusion's: the
+            posterior's variance at t = 2 for both fixed rules, the network's own for the learned ones (needs T >= 2).
         bins: ``(levels, low, high)`` of discrete data, low and high being the outermost values: the decoder is a
             :class:`~pyrodiff.DiscretizedNormal`. None: continuous data, the decoder is Normal.
         event_dim: number of event dims of x; None takes all dims of x_t beyond those of t.
@@ -197,12 +197,10 @@ class ReverseKernel(nn.Module):
 
     def _decoder_terms(self, predicted: Prediction, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         loc = self._clipped(predicted.x0_hat) if predicted.mean is None else predicted.mean
-        if self.decoder == "learned":
-            return loc, self.log_scale.exp().to(loc.dtype)
-        if self.decoder == "vdm":
-            log_snr = self.schedule.log_snr(torch.ones_like(t))
-            scale = (-0.5 * log_snr).exp().to(loc.dtype)
-            return loc, append_dims(scale, self._event_dim(x_t, t) - self.schedule.event_dim)
+        if self.decoder != "openai":
+            learned = self.decoder == "learned"
+            log_scale = self.log_scale if learned else -0.5 * self.schedule.log_snr(torch.ones_like(t))
+            return loc, append_dims(log_scale.exp().to(loc.dtype), self._event_dim(x_t, t) - self.schedule.event_dim)
         _, _, _, small, _ = self.forward_process.posterior_terms(x_t, torch.full_like(t, 2))
         large = small
         if self.learned_variance:

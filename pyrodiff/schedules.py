@@ -328,7 +328,10 @@ def kept_steps(steps: int, spec: str | int | Sequence[int]) -> list[int]:
         if not 1 <= count <= size:
             raise OptionError(f"respacing {spec!r} asks for {count} steps of a section of {size}")
         spread = (size - 1) / (count - 1) if count > 1 else 1.0
-        kept += [first + round(spread * k) for k in range(count)]
+        position = 0.0  # added up, as guided-diffusion does: the product would round ties the other way
+        for _ in range(count):
+            kept.append(first + round(position))
+            position += spread
         first += size
     return kept
 

@@ -331,3 +331,16 @@ def test_importance_sampler_is_their_second_moment_resampler():
     longer.update(f["ts"] + 1, f["losses"])
     assert not torch.allclose(longer.probabilities, sampler.probabilities, rtol=1e-3)
     pyro.clear_param_store()
+
+
+def test_importance_sampler_waits_for_every_history_to_fill():
+    sampler = ImportanceSampler(4, history=3)
+    uniform, t = torch.full((4,), 0.25, dtype=torch.float64), torch.arange(1, 5)
+    for _ in range(2):
+        sampler.update(t, t.double())
+        assert torch.equal(sampler.probabilities, uniform)
+    sampler.update(t[:3], t[:3].double())
+    assert torch.equal(sampler.probabilities, uniform)  # t = 4 has seen two losses
+    sampler.update(t[3:], t[3:].double())
+    expected = 0.999 * t.double() / 10 + 0.001 * uniform
+    torch.testing.assert_close(sampler.probabilities, expected, rtol=1e-12, atol=0)

@@ -526,9 +526,7 @@ def _list_folder(folder: str) -> tuple[list[str], list[str], int]:
 def _read_folder(folder: str) -> _Examples:
     files, classes, others = _list_folder(folder)
     if files and classes:
-        raise DataError(
-            f"{folder!r} holds images beside the folder {classes[0]!r}: expected either"
-        )
+        raise DataError(f"{folder!r} holds images beside the folder {classes[0]!r}: expected either")
     if classes and _SPLIT_NAMES.issuperset(name.lower() for name in classes):
         raise DataError(f"{folder!r} has the folders {classes}: give one of them, seed splits it")
     labels: list[int] = []
@@ -571,9 +569,7 @@ def _read_image(path: str, pil: Any, ops: Any) -> tuple[np.ndarray[Any, Any], in
     with _open(path) as file, _reading(f"image {path!r}", pil.DecompressionBombError):
         image = pil.open(file, formats=("PNG", "JPEG", "WEBP", "BMP"))
         if math.prod(image.size) > _MAX_PIXELS:
-            raise DataError(
-                f"{path!r} has {image.size} pixels, above {_MAX_PIXELS // 10**6} million"
-            )
+            raise DataError(f"{path!r} has {image.size} pixels, above {_MAX_PIXELS // 10**6} million")
         if getattr(image, "is_animated", False):
             raise DataError(f"{path!r} has several frames: expected a still image")
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
@@ -581,9 +577,7 @@ def _read_image(path: str, pil: Any, ops: Any) -> tuple[np.ndarray[Any, Any], in
         levels, stored = _image_levels(image)
         if levels is None:
             kind = f"mode {image.mode}, stored as {stored}"
-            raise DataError(
-                f"{path!r} has {kind}: expected up to 16-bit grey, 8-bit RGB or palette"
-            )
+            raise DataError(f"{path!r} has {kind}: expected up to 16-bit grey, 8-bit RGB or palette")
         image = ops.exif_transpose(image.convert("RGB") if image.mode == "P" else image)
         pixels = np.asarray(image)
     if levels in (4, 16):

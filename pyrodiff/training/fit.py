@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions
 import pyro.infer
 import torch
 from torch import Tensor, nn
@@ -417,7 +419,10 @@ class _Run:
     def _checked(self) -> Iterator[None]:
         strict = self.result.steps < CHECKED_STEPS
         self.elbo.strict = strict and self.options["kl"] == "analytic"
-        with pyro.validation_enabled(strict):
+        with pyro.validation_enabled(strict), warnings.catch_warnings():
+            # A step with non-finite numbers is left out and counted; distributions would raise, and Pyro warn three times.
+            pyro.distributions.enable_validation(False)
+            warnings.filterwarnings("ignore", "Encountered (NaN|[+]?inf)", UserWarning)
             yield
 
     def _sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -568,7 +573,7 @@ class _Run:
 def _recording(cls: Any) -> Any:
     """A stock ELBO that keeps its last traces, and makes the strict one's checks while told to."""
 
-    class Recording(cls):  # type: ignore[misc]
+    class Recording(cls):
         strict = False
         traces: tuple[Any, Any] = (None, None)
 
