@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_MAX_STEPS = 100_000  # of a schedule: its tables are in memory
+_MAX_SAMPLES = 10_000_000
+
 
 @dataclass
 class NetOptions:
@@ -86,6 +89,8 @@ class ScheduleOptions:
     def build(self) -> Schedule:
         """The schedule."""
         check_option("schedule.kind", self.kind, ("log_linear", "linear", "cosine"))
+        if not 1 <= self.steps <= _MAX_STEPS:
+            raise OptionError(f"schedule.steps={self.steps!r} is not in 1..{_MAX_STEPS}")
         if self.kind == "log_linear":
             return LogLinearSchedule(self.steps, self.log_snr_min, self.log_snr_max)
         return {"linear": LinearSchedule, "cosine": CosineSchedule}[self.kind](self.steps)
@@ -340,8 +345,8 @@ def sample(
     path = Path(out)
     check_option("the suffix of out", path.suffix, (".png", ".npy"))
     diffusion = _load(run, device)
-    if n < 1:
-        raise OptionError(f"n={n!r} is not at least 1")
+    if not 1 <= n <= _MAX_SAMPLES:
+        raise OptionError(f"n={n!r} is not in 1..{_MAX_SAMPLES}")
     if path.suffix == ".png" and len(diffusion.event_shape) != 3:
         raise OptionError(f"out={out!r} is a picture, and the model's are vectors: give a .npy")
     cond: Any = {} if label is None else {"y": torch.full((n,), label, device=next(diffusion.parameters()).device)}
@@ -584,6 +589,21 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the entry point
 
 
+class _ConfigFile(ActionConfigFile):
+    """``--config``, for a file from anywhere: an alias of an alias of ... could unfold to any size."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        path = Path(str(values))
+        try:
+            if path.is_file() and any(
+                isinstance(token, yaml.AliasToken) for token in yaml.scan(path.read_text("utf-8"))
+            ):
+                raise OptionError(f"{str(path)!r} has YAML aliases (*name), which are not accepted")
+        except (RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise OptionError(f"{str(path)!r} is no YAML: {error}") from None
+        super().__call__(parser, cfg, values, option_string)
+
+
 class _Parser(ArgumentParser):
     """Mistakes in options become exceptions, so that one place prints them."""
 
@@ -602,7 +622,7 @@ def _parser() -> _Parser:
         sub = _Parser(description=summary)
         if name == "train":
             sub.add_argument(
-                "--config", action=ActionConfigFile, help="a YAML file of these options, such as a run's run.yaml"
+                "--config", action=_ConfigFile, help="a YAML file of these options, such as a run's run.yaml"
             )
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.add_function_arguments(function, as_positional=True, sub_configs=False)

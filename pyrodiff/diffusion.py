@@ -254,7 +254,8 @@ def register(diffusion: GaussianDiffusion, module: nn.Module, prefix: str = "") 
     """``pyro.module`` under a name of this instance's own, refusing what would train nothing.
 
     Pyro's store keeps the first tensor it saw under a name: a second object of that name, or new tensors in an old one,
-    would never move. ``prefix`` says where in the diffusion the module sits. With ``module_local_params`` the parameters are the modules' alone, and there is nothing to do.
+    would never move. ``prefix`` says where in the diffusion the module sits. With ``module_local_params`` the parameters
+    are the modules' alone, and there is nothing to do.
     """
     if pyro.settings.get("module_local_params"):
         return
@@ -299,10 +300,8 @@ class Model(Program):
         self, x0: Tensor, t: Tensor, weight: Tensor | float, x_T: dist.TorchDistribution, cond: dict[str, Tensor]
     ) -> Tensor:
         p, objective = self.reverse_kernel, self.diffusion.objective
-        with poutine.mask(mask=objective == "elbo"):
-            self._check_batch(t, pyro.sample(self._site("T"), x_T))
-        with poutine.mask(mask=False):
-            x_t = pyro.sample(self._site("t"), x_T)
+        self._check_batch(t, pyro.sample(self._site("T"), x_T if objective == "elbo" else x_T.mask(False)))
+        x_t = pyro.sample(self._site("t"), x_T.mask(False))
         predicted = p.predict(x_t, t, **cond)
         if objective != "elbo":
             pyro.factor(self._site("objective"), -self._error(predicted, x0, t) * (weight / self.diffusion.steps))
@@ -370,10 +369,9 @@ class Guide(Program):
 
     def _step(self, x0: Tensor, t: Tensor, weight: Tensor | float) -> Tensor:
         q, steps = self.forward_process, self.diffusion.steps
-        with poutine.mask(mask=self.diffusion.objective == "elbo"):
-            self._check_batch(t, pyro.sample(self._site("T"), q.marginal(x0, steps)))
-        with poutine.mask(mask=False):
-            x_t = pyro.sample(self._site("t"), q.marginal(x0, t))
+        x_T = q.marginal(x0, steps)
+        self._check_batch(t, pyro.sample(self._site("T"), x_T if self.diffusion.objective == "elbo" else x_T.mask(False)))
+        x_t = pyro.sample(self._site("t"), q.marginal(x0, t).mask(False))
         if steps > 1:
             with self._bound_site(weight, t > 1):  # rows at t = 1 are masked; 2 in their place keeps the scale positive
                 pyro.sample(self._site("s"), q.posterior(x0, x_t, t.clamp(min=2)))

@@ -377,7 +377,10 @@ def site_terms(model_trace: Trace, guide_trace: Trace, kl: str = "analytic") -> 
             terms[name] = -log_prob(site)
         elif kl == "analytic":
             q = guides[name]
-            terms[name] = scale_and_mask(kl_divergence(q["fn"], site["fn"]), q["scale"], q["mask"])
+            value = kl_divergence(q["fn"], site["fn"])
+            if not isinstance(value, Tensor):  # Pyro's for a law masked out
+                value = q["value"].new_tensor(value).expand(q["fn"].batch_shape)
+            terms[name] = scale_and_mask(value, q["scale"], q["mask"])
         else:
             terms[name] = log_prob(guides[name]) - log_prob(site)
     return terms
@@ -412,7 +415,7 @@ def _base(fn: Any) -> Any:
     while True:
         if isinstance(fn, torch.distributions.Independent):
             fn = fn.base_dist
-        elif isinstance(fn, dist.torch_distribution.MaskedDistribution | dist.torch_distribution.ExpandedDistribution):
+        elif isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution):
             fn = fn.base_dist
         else:
             return fn

@@ -63,7 +63,8 @@ def test_sites_scales_and_masks_of_one_timestep():
     assert sites(guide) == ["x_T", "x_t", "x_s"]
     assert sites(model) == ["x_T", "x_t", "x_s", "x_0"]
     for trace in (guide, model):
-        assert trace.nodes["x_t"]["mask"] is False
+        trace.compute_log_prob()
+        assert trace.nodes["x_t"]["log_prob"].tolist() == [0.0] * 4
         assert trace.nodes["x_s"]["scale"] == 3.0
         assert trace.nodes["x_s"]["mask"].tolist() == [False, True, True, False]
     assert model.nodes["x_0"]["mask"].tolist() == [True, False, False, True]
