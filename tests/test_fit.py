@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,9 @@ from pyrodiff import CosineSchedule, GaussianDiffusion, fit, timesteps
 from pyrodiff.errors import CheckpointError, DataError, DivergenceError, OptionError, PyrodiffError, ShapeError
 from pyrodiff.nets import MLP, UNet
 from pyrodiff.training import checkpoint
-from pyrodiff.training import fit as _  # noqa: F401  (the module; the package's attribute of that name is the function)
 from pyrodiff.training.ema import EMA
 
-loop = sys.modules["pyrodiff.training.fit"]
+loop = importlib.import_module("pyrodiff.training.fit")
 
 SMALL = {"steps": 10, "batch_size": 8, "progress": False, "device": "cpu", "lr": 1e-2, "warmup": 3}
 
@@ -43,15 +44,17 @@ class Dropout(nn.Module):
         return self.inner(self.dropout(x), log_snr, **cond)
 
 
-def make(net: nn.Module | None = None, steps: int = 12, **options) -> GaussianDiffusion:
+def make(net: Callable[[], nn.Module] | None = None, steps: int = 12, **options) -> GaussianDiffusion:
     torch.manual_seed(7)
     if net is None:
         outputs = 6 if options.get("variance", "").startswith("learned") else 3
-        net = MLP(3, out_features=outputs, width=8, depth=1)
+        module: nn.Module = MLP(3, out_features=outputs, width=8, depth=1)
+    else:
+        module = net()
     with torch.no_grad():  # a fresh network returns 0, whose gradient with respect to most weights is 0 too
-        for parameter in net.parameters():
+        for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return GaussianDiffusion(net, CosineSchedule(steps), (3,), **options)
+    return GaussianDiffusion(module, CosineSchedule(steps), (3,), **options)
 
 
 def examples(n: int = 40) -> torch.Tensor:
@@ -249,10 +252,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch(monkeypatch):
     first = {index: i for i, index in enumerate(order)}
     original = pyrodiff.diffusion.Program._one_step
 
-    class Fixed(pyrodiff.distributions.Gaussian):
-        pass
-
-    def rsample(self, shape=torch.Size()):
+    def rsample(self, shape=()):
         rows = noise[picked[-len(self.loc) :]]
         return self.loc + self.scale * rows
 
@@ -330,7 +330,7 @@ def test_training_improves_the_bound(kl: str):
 
 def test_labels_reach_the_network_with_their_rows():
     seen = []
-    diffusion = make(MLP(3, width=8, depth=1, classes=4))
+    diffusion = make(lambda: MLP(3, width=8, depth=1, classes=4))
     data, y = examples(), torch.arange(40) % 4
     data[:, 0] = y / 4
     diffusion.net.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["y"]), with_kwargs=True)
@@ -411,16 +411,16 @@ def options_of(rule: str) -> dict:
 @pytest.mark.parametrize("rule", loop.TIMESTEPS)
 def test_resuming_continues_bit_for_bit(tmp_path: Path, rule: str):
     data, options = examples(), options_of(rule)
-    whole = make(Dropout())
+    whole = make(Dropout)
     expected = fit(whole, data, folder=tmp_path / "whole", **options)
     assert not expected.interrupted and len(expected.records) == 4
     for cut in CUTS:
-        folder, first = tmp_path / str(cut), make(Dropout())
+        folder, first = tmp_path / str(cut), make(Dropout)
         hook = stop_at(first, cut)
         stopped = fit(first, data, folder=folder, **options)
         hook.remove()
         assert stopped.interrupted and stopped.steps == cut
-        second = make(Dropout())
+        second = make(Dropout)
         nn.init.zeros_(second.net.inner.input.weight)  # whatever it was, the file has the weights
         result = fit(second, data, folder=folder, resume=True, **options)
         same(weights(whole), weights(second), f"cut {cut}")
@@ -431,14 +431,14 @@ def test_resuming_continues_bit_for_bit(tmp_path: Path, rule: str):
 
 def test_resuming_many_times_and_at_the_end(tmp_path: Path):
     data, options = examples(), options_of("importance")
-    fit(make(Dropout()), data, folder=tmp_path / "whole", **options)
+    fit(make(Dropout), data, folder=tmp_path / "whole", **options)
     folder = tmp_path / "bits"
     for n in range(10):
-        diffusion = make(Dropout())
+        diffusion = make(Dropout)
         hook = stop_at(diffusion, 1)
         fit(diffusion, data, folder=folder, resume=n > 0, **options)
         hook.remove()
-    again = fit(make(Dropout()), data, folder=folder, resume=True, **options)  # nothing left to do
+    again = fit(make(Dropout), data, folder=folder, resume=True, **options)  # nothing left to do
     assert again.steps == 10
     same(state_of(tmp_path / "whole"), state_of(folder))
 
@@ -447,7 +447,7 @@ SCRIPT = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 import test_fit as t
-t.fit(t.make(t.Dropout()), t.examples(), folder={folder!r}, resume={resume}, **t.options_of("importance"))
+t.fit(t.make(t.Dropout), t.examples(), folder={folder!r}, resume={resume}, **t.options_of("importance"))
 """
 
 
@@ -457,8 +457,8 @@ def script(folder: Path, resume: bool) -> list[str]:
 
 def test_resuming_in_a_new_process_continues_bit_for_bit(tmp_path: Path):
     options = options_of("importance")
-    fit(make(Dropout()), examples(), folder=tmp_path / "whole", **options)
-    first = make(Dropout())
+    fit(make(Dropout), examples(), folder=tmp_path / "whole", **options)
+    first = make(Dropout)
     stop_at(first, 4)
     fit(first, examples(), folder=tmp_path / "cut", **options)
     subprocess.run(script(tmp_path / "cut", True), check=True, timeout=120)
@@ -484,7 +484,7 @@ def test_a_longer_run_can_follow_at_a_constant_rate(tmp_path: Path):
             "seed": 1, "steps": 11,
         }.items()),
         ({"diffusion": make(objective="simple")}, "diffusion.objective"),
-        ({"diffusion": make(MLP(3, width=16, depth=1))}, "net.width"),
+        ({"diffusion": make(lambda: MLP(3, width=16, depth=1))}, "net.width"),
         ({"data": examples(41)}, "examples"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -500,9 +500,9 @@ def test_other_options_are_refused_by_name(tmp_path: Path, change: dict, name: s
 
 
 def test_the_weights_of_another_network_are_refused_in_one_line(tmp_path: Path):
-    fit(make(Dropout()), examples(), folder=tmp_path, **SMALL)  # a network that says nothing of its options
+    fit(make(Dropout), examples(), folder=tmp_path, **SMALL)  # a network that says nothing of its options
     with pytest.raises(CheckpointError, match="another network") as caught:
-        fit(make(nn.Sequential(nn.Linear(3, 3))), examples(), folder=tmp_path, resume=True, **SMALL)
+        fit(make(lambda: nn.Linear(3, 3)), examples(), folder=tmp_path, resume=True, **SMALL)
     assert "\n" not in str(caught.value)
 
 
@@ -731,7 +731,7 @@ def test_a_second_ctrl_c_leaves_the_earlier_state(tmp_path: Path):
 
 
 def test_ctrl_c_at_any_moment_of_a_process(tmp_path: Path):
-    fit(make(Dropout()), examples(), folder=tmp_path / "whole", **options_of("importance"))
+    fit(make(Dropout), examples(), folder=tmp_path / "whole", **options_of("importance"))
     slow = SCRIPT.replace("import test_fit as t\n", SLOW)
     rng = np.random.default_rng(0)
     for i, wait in enumerate(rng.uniform(0, 0.5, size=2)):
@@ -743,7 +743,7 @@ def test_ctrl_c_at_any_moment_of_a_process(tmp_path: Path):
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
         assert process.returncode == 0
-        fit(make(Dropout()), examples(), folder=folder, resume=True, **options_of("importance"))
+        fit(make(Dropout), examples(), folder=folder, resume=True, **options_of("importance"))
         same(state_of(tmp_path / "whole"), state_of(folder), f"after {wait}")
 
 
@@ -826,13 +826,13 @@ def test_without_validation_data_the_last_average_is_kept():
 
 
 def test_validating_does_not_change_training():
-    often, never = make(Dropout()), make(Dropout())
-    fit(often, examples(), examples(12)[:0] if False else None, **SMALL, validate_every=1)
+    often, never = make(Dropout), make(Dropout)
+    fit(often, examples(), **SMALL, validate_every=1)
     fit(never, examples(), **SMALL, validate_every=10)
     same(weights(often), weights(never))
     losses = []
     for every in (2, 10):
-        losses.append(fit(make(Dropout()), examples(), examples(12), **SMALL, validate_every=every).records[-1])
+        losses.append(fit(make(Dropout), examples(), examples(12), **SMALL, validate_every=every).records[-1])
     assert losses[0]["train_loss_nats_per_dim"] == losses[1]["train_loss_nats_per_dim"]
     assert losses[0]["validation_bits_per_dim"] == losses[1]["validation_bits_per_dim"]
 
@@ -849,7 +849,7 @@ def test_nothing_global_changes():
     assert dict(pyro.get_param_store().items()) == store == {}
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert len(diffusion.net._forward_hooks) == hooks
-    on_call(diffusion, lambda output: output * math.nan if True else None, 1)
+    on_call(diffusion, lambda output: output * math.nan, 1)
     diffusion.net.register_forward_hook(lambda module, args, output: 1 / 0 if module.training else None)
     with pytest.raises(ZeroDivisionError):  # likewise on the way out of an error
         fit(diffusion, examples(), **SMALL)
@@ -858,7 +858,7 @@ def test_nothing_global_changes():
 
 
 def test_two_fits_in_one_process_are_each_as_if_alone():
-    alone, first, second = make(), make(), make(Dropout())
+    alone, first, second = make(), make(), make(Dropout)
     fit(alone, examples(), **SMALL)
     fit(second, examples(), **SMALL)
     fit(first, examples(), **SMALL)

@@ -239,9 +239,7 @@ def test_condition_replay_block_mask_scale():
     diffusion = make(3)
     x0 = data()
     guide = poutine.trace(diffusion.guide).get_trace(x0)
-    conditioned = poutine.trace(
-        poutine.condition(diffusion.model, {"x_3": guide.nodes["x_3"]["value"]})
-    ).get_trace(x0)
+    conditioned = poutine.trace(poutine.condition(diffusion.model, {"x_3": guide.nodes["x_3"]["value"]})).get_trace(x0)
     assert conditioned.nodes["x_3"]["is_observed"]
     replayed = poutine.trace(poutine.replay(diffusion.model, guide)).get_trace(x0)
     assert torch.equal(replayed.nodes["x_1"]["value"], guide.nodes["x_1"]["value"])
@@ -424,7 +422,10 @@ def forward_order(diffusion):
 def test_strict_mean_field_refuses_the_forward_chain():
     diffusion = make(3)
     for validation in (True, False):
-        with pyro.validation_enabled(validation), pytest.raises(ProgramError, match="'x_1' comes where the model has 'x_3'"):
+        with (
+            pyro.validation_enabled(validation),
+            pytest.raises(ProgramError, match="'x_1' comes where the model has 'x_3'"),
+        ):
             pyrodiff.TraceMeanField_ELBO().loss(diffusion.model, forward_order(diffusion), data())
     good = exact(20)
     x0 = 0.5 + 0.2 * torch.randn(20, 2)
@@ -508,7 +509,12 @@ def test_timesteps_of_another_shape_are_refused(validation):
     diffusion = make(3)
     x0 = data()
     with pyro.validation_enabled(validation):
-        for t in (torch.tensor(2), torch.ones(4, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64), torch.ones(5, 1).long()):
+        for t in (
+            torch.tensor(2),
+            torch.ones(4, dtype=torch.int64),
+            torch.ones(2, 5, dtype=torch.int64),
+            torch.ones(5, 1).long(),
+        ):
             with pytest.raises(ShapeError, match="t has shape"):
                 StockMeanField().loss(diffusion.model, diffusion.guide, x0, t)
         for t in (torch.tensor([0, 1, 2, 3, 1]), torch.tensor([1, 1, 2, 4, 1]), torch.tensor([-1, 1, 1, 1, 1])):
@@ -568,7 +574,13 @@ def test_network_of_another_output_shape_is_named():
 def test_no_tensor_on_the_wrong_device(bins):
     """On the meta device an operation that mixes in a CPU tensor raises: what passes here passes on CUDA."""
     net = pyrodiff.nets.UNet(1, width=8, multipliers=(1, 2), blocks=1, attention=(1,))
-    for options in ({}, {"objective": "simple"}, {"prediction": "previous"}, {"decoder": "learned"}, {"decoder": "openai"}):
+    for options in (
+        {},
+        {"objective": "simple"},
+        {"prediction": "previous"},
+        {"decoder": "learned"},
+        {"decoder": "openai"},
+    ):
         diffusion = GaussianDiffusion(net, CosineSchedule(4), (1, 8, 8), bins=bins, **options).to("meta")
         x0 = torch.zeros(3, 1, 8, 8, device="meta")
         t = timesteps.low_discrepancy(3, 4, device="meta")

@@ -160,4 +160,9 @@ def test_bad_options_name_the_allowed_set():
 def test_float64_and_meta():
     assert sample(unet().double(), 2, seed=0, y=torch.tensor(0)).dtype == torch.float64
     with pyro.validation_enabled(False):
-        assert sample(unet().to("meta"), 2, seed=0, y=torch.zeros(2, dtype=torch.int64, device="meta")).shape == (2, 1, 8, 8)
+        assert sample(unet().to("meta"), 2, seed=0, y=torch.zeros(2, dtype=torch.int64, device="meta")).shape == (
+            2,
+            1,
+            8,
+            8,
+        )

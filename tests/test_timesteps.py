@@ -89,7 +89,12 @@ def test_non_finite_and_zero_losses_do_not_poison_the_sampler():
 
 
 def test_bad_arguments():
-    for call in (lambda: uniform(0, 5), lambda: low_discrepancy(5, 0), lambda: ImportanceSampler(0), lambda: ImportanceSampler(5, 0)):
+    for call in (
+        lambda: uniform(0, 5),
+        lambda: low_discrepancy(5, 0),
+        lambda: ImportanceSampler(0),
+        lambda: ImportanceSampler(5, 0),
+    ):
         with pytest.raises(OptionError):
             call()
     with pytest.raises(ShapeError):

@@ -150,6 +150,8 @@ def fit(
         raise OptionError(
             f"lr={lr!r}, clip_norm={clip_norm!r} must be positive; warmup={warmup!r}, weight_decay={weight_decay!r} not negative"
         )
+    if not 0 <= ema_decay < 1:
+        raise OptionError(f"ema_decay={ema_decay!r} is not in [0, 1)")
     # What a resumed run must share with the first one; flat, so that a refusal names the one that differs.
     network = getattr(diffusion.net, "config", None)
     options = {
