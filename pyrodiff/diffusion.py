@@ -123,7 +123,7 @@ class GaussianDiffusion(nn.Module):
 
     @property
     def forward_process(self) -> ForwardProcess:
-        """q."""
+        """Q."""
         return self.reverse_kernel.forward_process
 
     @property
@@ -370,7 +370,9 @@ class Guide(Program):
     def _step(self, x0: Tensor, t: Tensor, weight: Tensor | float) -> Tensor:
         q, steps = self.forward_process, self.diffusion.steps
         x_T = q.marginal(x0, steps)
-        self._check_batch(t, pyro.sample(self._site("T"), x_T if self.diffusion.objective == "elbo" else x_T.mask(False)))
+        self._check_batch(
+            t, pyro.sample(self._site("T"), x_T if self.diffusion.objective == "elbo" else x_T.mask(False))
+        )
         x_t = pyro.sample(self._site("t"), q.marginal(x0, t).mask(False))
         if steps > 1:
             with self._bound_site(weight, t > 1):  # rows at t = 1 are masked; 2 in their place keeps the scale positive

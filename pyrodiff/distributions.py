@@ -1,11 +1,11 @@
-"""Distributions that Pyro does not have.
+"""Distributions that Pyro does not have. All log-probabilities are in nats.
 
 :class:`Gaussian` is Pyro's Normal, with a scale that stays small and a KL that keeps its digits.
 
-:class:`DiscretizedNormal` is the normal law rounded to a regular grid. Images are integers, so the last step of a diffusion model has to give *probabilities* to pixel
-levels: DDPM's discretised decoder (Ho et al. 2020, eq. 13, https://arxiv.org/abs/2006.11239), an
-idea from the discretised logistic of PixelCNN++ (Salimans et al. 2017,
-https://arxiv.org/abs/1701.05517). All log-probabilities are in nats.
+:class:`DiscretizedNormal` is the normal law rounded to a regular grid. Images are integers, so that the last step of a
+diffusion model has to give *probabilities* to pixel levels: DDPM's discretised decoder (Ho et al. 2020, eq. 13,
+https://arxiv.org/abs/2006.11239), an idea from the discretised logistic of PixelCNN++ (Salimans et al. 2017,
+https://arxiv.org/abs/1701.05517).
 
 How the log-mass of a bin is computed
     With ``z = (x - loc) / scale`` and ``d = bin_width / (2 * scale)`` the mass of an interior bin
@@ -37,8 +37,7 @@ from typing import Any, ClassVar
 import torch
 from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
-from torch.distributions import register_kl
+from torch.distributions import constraints, register_kl
 from torch.distributions.utils import broadcast_all
 from torch.types import _size
 
@@ -112,12 +111,14 @@ class Gaussian(Normal):
         """This law with its batch shape expanded; no memory is copied."""
         return Gaussian(self.loc.expand(batch_shape), self.scale)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         """``loc + scale * noise``, ``[*sample_shape, *batch]``, through which gradients flow."""
-        noise = torch.randn(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
+        noise = torch.randn(
+            self._extended_shape(torch.Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device
+        )
         return torch.addcmul(self.loc, self.scale, noise)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """:meth:`rsample` without gradient."""
         with torch.no_grad():
             return self.rsample(sample_shape)

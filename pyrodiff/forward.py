@@ -17,8 +17,8 @@ References:
 
 from __future__ import annotations
 
-from pyro.distributions import TorchDistribution
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from ._tensor import append_dims

@@ -31,9 +31,7 @@ except ImportError:  # a GPU machine's bare pytest: tests that need it skip them
     hypothesis = None
 else:
     # derandomize: like every other test, a property test is the same from run to run
-    hypothesis.settings.register_profile(
-        "pyrodiff", deadline=None, derandomize=True, database=None, print_blob=True
-    )
+    hypothesis.settings.register_profile("pyrodiff", deadline=None, derandomize=True, database=None, print_blob=True)
     hypothesis.settings.load_profile("pyrodiff")
 
 # Shifts every test's seeds, to see that no statistical test was tuned to one draw.
@@ -41,9 +39,7 @@ SEED_OFFSET = int(os.environ.get("PYRODIFF_TEST_SEED", "0"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--no-validation", action="store_true", help="run with Pyro's validation switched off"
-    )
+    parser.addoption("--no-validation", action="store_true", help="run with Pyro's validation switched off")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,9 +72,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureR
     if fixturedef.scope == "function":
         return (yield)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed_everything(
-        f"{fixturedef.baseid}::{fixturedef.argname}[{getattr(request, 'param_index', 0)}]"
-    )
+    seed_everything(f"{fixturedef.baseid}::{fixturedef.argname}[{getattr(request, 'param_index', 0)}]")
     try:
         return (yield)
     finally:
@@ -111,9 +105,7 @@ def restore(state: dict[str, object]) -> None:
     torch.distributions.Distribution._validate_args = state["validation of distributions"]
     del _PYRO_STACK[state["depth of Pyro's handler stack"] :]
     prefix = "pyro.settings "
-    pyro.settings.set(
-        **{k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    )
+    pyro.settings.set(**{k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
 
 @pytest.fixture(autouse=True)

@@ -350,9 +350,7 @@ def test_npz_with_splits(tmp_path: Path) -> None:
     assert data.test_labels.tolist() == list(range(20, 30))
     held = data.train_labels.tolist() + data.validation_labels.tolist()
     assert sorted(held) == list(range(20)) and len(data.validation) == 2
-    assert torch.equal(
-        to_levels(data.validation)[:, 0], torch.from_numpy(x)[data.validation_labels]
-    )
+    assert torch.equal(to_levels(data.validation)[:, 0], torch.from_numpy(x)[data.validation_labels])
     np.savez(path, **arrays, x_validation=x[:3], y_validation=y[:3])
     data = load_data(path)
     assert data.train_labels.tolist() == list(range(20))
@@ -480,9 +478,7 @@ def exif(orientation: int) -> Image.Exif:
     return tags
 
 
-@pytest.mark.parametrize(
-    "image", [GREY_IMAGE, RGB_IMAGE, Image.fromarray(W)], ids=["L", "RGB", "16"]
-)
+@pytest.mark.parametrize("image", [GREY_IMAGE, RGB_IMAGE, Image.fromarray(W)], ids=["L", "RGB", "16"])
 def test_exif_rotation_is_applied(tmp_path: Path, image: Image.Image) -> None:
     data = load_data(folder_of(tmp_path / "d", encoded(image, "PNG", exif=exif(6))))
     u = to_levels(data.test[0], data.bins[0]).numpy()
@@ -508,8 +504,7 @@ IMAGES_BAD: dict[str, tuple[bytes, str]] = {
     "16-bit RGB": (rgb16(), "RGB;16B"),
     "16-bit RGBA": (png(2, 1, 16, 6, b"\0" + bytes(range(16))), "RGBA"),
     "16-bit BMP": (
-        struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 58, 0, 0, 54, 40, 2, 1, 1, 16, *[0] * 6)
-        + bytes(4),
+        struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 58, 0, 0, 54, 40, 2, 1, 1, 16, *[0] * 6) + bytes(4),
         "BGR;15",
     ),
     "CMYK": (encoded(Image.new("CMYK", (4, 4)), "JPEG"), "CMYK"),
@@ -743,9 +738,7 @@ def test_levels_of_floats_refused(tmp_path: Path) -> None:
     check_message(raised.value, "levels=4", "a.npy", "float64")
 
 
-@pytest.mark.parametrize(
-    "source", ["Digits", "cifar10", "a" * 300, "x" * 5000, "\ud800", "tests", __file__, "a.npy/b"]
-)
+@pytest.mark.parametrize("source", ["Digits", "cifar10", "a" * 300, "x" * 5000, "\ud800", "tests", __file__, "a.npy/b"])
 def test_path_refused(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as raised:

@@ -239,9 +239,7 @@ def test_vmap_of_grad_agrees_with_autograd():
 def test_probabilities_sum_to_one(name, cdf):
     bin_width, low, high = GRIDS[name]
     span = high - low
-    loc = torch.tensor([low - span, low, low + 0.3 * span, high - bin_width / 2], dtype=F64)[
-        :, None
-    ]
+    loc = torch.tensor([low - span, low, low + 0.3 * span, high - bin_width / 2], dtype=F64)[:, None]
     scale = torch.tensor([1e-4, 1e-2, 0.1, 1.0, 100.0], dtype=F64)
     if cdf == "tanh":
         scale = scale[3:]  # its clamp at 1e-12 adds up over the empty bins of a narrow law
@@ -310,9 +308,7 @@ def test_mean_and_variance_against_brute_force(name):
     bin_width, low, high = GRIDS[name]
     loc = [low - 0.2 * (high - low), low + 0.37 * (high - low), high]
     scale = [0.3 * bin_width, 5 * bin_width, 2 * (high - low)]
-    d = DiscretizedNormal(
-        torch.tensor(loc, dtype=F64)[:, None], torch.tensor(scale, dtype=F64), bin_width, low, high
-    )
+    d = DiscretizedNormal(torch.tensor(loc, dtype=F64)[:, None], torch.tensor(scale, dtype=F64), bin_width, low, high)
     assert d.mean.shape == d.variance.shape == (3, 3)
     points = np.linspace(low, high, d.levels)
     for i, m in enumerate(loc):
@@ -476,9 +472,7 @@ def test_support_of_integers_and_repr():
     assert not support.check(torch.tensor([-1, 256])).any()
     assert repr(support) == "OnGrid(low=0, high=255, levels=256)"
     d = DiscretizedNormal(torch.zeros(2, 3), 1.0, *GRIDS["17"], cdf="tanh")
-    assert repr(d) == (
-        "DiscretizedNormal(loc: (2, 3), scale: (2, 3), low=-1, high=1, levels=17, cdf='tanh')"
-    )
+    assert repr(d) == ("DiscretizedNormal(loc: (2, 3), scale: (2, 3), low=-1, high=1, levels=17, cdf='tanh')")
     pixels = torch.tensor([0, 128, 255], dtype=torch.uint8)
     on_pixels = DiscretizedNormal(torch.full((3,), 100.0), 20.0, *GRIDS["0..255"])
     assert torch.equal(on_pixels.log_prob(pixels), on_pixels.log_prob(pixels.float()))

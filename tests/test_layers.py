@@ -33,9 +33,7 @@ ROWS = (
 POSITION = {name: (r, c) for r, row in enumerate(ROWS) for c, name in enumerate(row)}
 
 # Optional or slow to import, or both: only inside the functions that use them.
-LAZY = frozenset(
-    "arviz diffusers graphviz lightning lightning_fabric matplotlib PIL sklearn torchdiffeq".split()
-)
+LAZY = frozenset("arviz diffusers graphviz lightning lightning_fabric matplotlib PIL sklearn torchdiffeq".split())
 # These may be either: core dependencies that cost a noticeable part of a second.
 LAZY_OR_NOT = frozenset("h5netcdf jsonargparse safetensors tqdm xarray yaml".split())
 
@@ -151,8 +149,7 @@ def offences(source: str) -> list[str]:
 
     def has(call: ast.Call, keyword: str, value: bool) -> bool:
         return any(
-            k.arg == keyword and isinstance(k.value, ast.Constant) and k.value.value is value
-            for k in call.keywords
+            k.arg == keyword and isinstance(k.value, ast.Constant) and k.value.value is value for k in call.keywords
         )
 
     for node in ast.walk(ast.parse(source)):
@@ -178,9 +175,7 @@ def offences(source: str) -> list[str]:
                 what = f"yaml.{method}: use yaml.safe_load"
             elif owner == "yaml" and method.endswith("load_all") and method != "safe_load_all":
                 what = f"yaml.{method}: use yaml.safe_load_all"
-            elif method in ("load", "save") and any(
-                s in owner for s in ("param_store", "ParamStore", "_PARAM_STORE")
-            ):
+            elif method in ("load", "save") and any(s in owner for s in ("param_store", "ParamStore", "_PARAM_STORE")):
                 what = "a parameter store's file is a pickle"
         elif isinstance(node, ast.Assert):
             what = "assert: python -O removes it"
@@ -289,8 +284,6 @@ def test_all_is_sorted_and_lists_every_public_name():
     public = {
         name
         for name, value in vars(pyrodiff).items()
-        if not name.startswith("_")
-        and not isinstance(value, ModuleType)
-        and name != "annotations"  # from __future__
+        if not name.startswith("_") and not isinstance(value, ModuleType) and name != "annotations"  # from __future__
     }
     assert public - set(names) == set()
