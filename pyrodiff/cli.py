@@ -307,7 +307,10 @@ def elbo(
         raise DataError(f"{loaded.name} is {kinds[0]}, the model {kinds[1]}: their bits/dim would mean nothing")
     x0 = getattr(loaded, split)[:images]
     labels = getattr(loaded, f"{split}_labels")
-    cond = {"y": labels[: len(x0)]} if labels is not None and getattr(diffusion.net, "classes", None) else {}
+    classes = _classes(diffusion)
+    if classes is not None and labels is not None and int(labels.max()) >= classes:
+        raise DataError(f"{loaded.name} has label {int(labels.max())}, and the model {classes} classes")
+    cond = {"y": labels[: len(x0)]} if labels is not None and classes is not None else {}
     torch.manual_seed(seed)
     terms = _score(diffusion, x0, cond, timesteps, repeats, chain, progress)
     print(f"{loaded.description}; {len(x0)} images of the {split} split, T = {diffusion.steps}\n\n{terms}")
@@ -349,6 +352,9 @@ def sample(
         raise OptionError(f"n={n!r} is not in 1..{_MAX_SAMPLES}")
     if path.suffix == ".png" and len(diffusion.event_shape) != 3:
         raise OptionError(f"out={out!r} is a picture, and the model's are vectors: give a .npy")
+    classes = _classes(diffusion)
+    if label is not None and classes is not None and not 0 <= label < classes:
+        raise OptionError(f"label={label!r} is not in 0..{classes - 1}")
     cond: Any = {} if label is None else {"y": torch.full((n,), label, device=next(diffusion.parameters()).device)}
     x = draw(diffusion, n, method, steps, seed, last, eta=eta, progress=_bar(progress), **cond)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -430,6 +436,12 @@ def _build(
     return GaussianDiffusion(built, schedule.build(), images.event_shape, bins=images.bins, **asdict(model))
 
 
+def _classes(diffusion: GaussianDiffusion) -> int | None:
+    """Number of class labels that the network knows."""
+    config = getattr(diffusion.net, "config", None)
+    return config.get("classes") if isinstance(config, dict) else None
+
+
 def _labels(net: NetOptions, labels: Tensor | None) -> dict[str, Tensor]:
     return {"y": labels} if net.conditional and labels is not None else {}
 
@@ -500,7 +512,7 @@ def _report(
     device = next(diffusion.parameters()).device
     cond: Any = {}
     if net.conditional:
-        cond["y"] = (torch.arange(scoring.samples) % diffusion.net.classes).to(device)  # type: ignore[operator]
+        cond["y"] = (torch.arange(scoring.samples) % (_classes(diffusion) or 1)).to(device)
     samples = draw(
         diffusion,
         scoring.samples,
@@ -630,18 +642,27 @@ def _parser() -> _Parser:
     return parser
 
 
+def _parse(arguments: list[str]) -> tuple[str, Namespace]:
+    """The command and its options."""
+    parser = _parser()
+    instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # its name from 4.49 on
+    try:
+        parsed: Namespace = parser.parse_args(arguments)
+        return parsed.command, instantiate(parsed)[parsed.command]
+    except RecursionError:
+        raise OptionError("the options are nested too deeply") from None
+    except TypeError as error:  # "net: 3", which the parser lets through
+        raise OptionError(f"a group of options (net, schedule, ...) is no mapping: {error}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exits."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
         try:
-            parser = _parser()
-            parsed: Namespace = parser.parse_args(arguments)
-            command = parsed.command
-            options = parser.instantiate_classes(parsed)[command]
-            options = {k: v for k, v in vars(options).items() if k not in ("config", "debug")}
-            COMMANDS[command](**options)
+            command, options = _parse(arguments)
+            COMMANDS[command](**{k: v for k, v in vars(options).items() if k not in ("config", "debug")})
         finally:
             sys.stdout.flush()  # here, where a closed pipe is not yet the interpreter's problem
     except KeyboardInterrupt:

@@ -208,7 +208,6 @@ def test_importance_histories_are_of_all_ranks(out: Path):
     assert int(sampler["seen"].sum()) == 6 * 8
 
 
-@pytest.mark.slow
 def test_a_dead_rank_does_not_leave_the_others_waiting(tmp_path: Path):
     script = tmp_path / "script.py"
     die = "t.loop._Run.step = lambda self, *a: os.kill(os.getpid(), 9) if rank and self.result.steps == 2 else step(self, *a)\n"

@@ -484,7 +484,7 @@ def test_a_longer_run_can_follow_at_a_constant_rate(tmp_path: Path):
             "seed": 1, "steps": 11,
         }.items()),
         ({"diffusion": make(objective="simple")}, "diffusion.objective"),
-        ({"diffusion": make(lambda: MLP(3, width=16, depth=1))}, "net.width"),
+        ({"diffusion": make(lambda: MLP(3, out_features=3, width=16, depth=1))}, "net.width"),
         ({"data": examples(41)}, "examples"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -409,7 +409,7 @@ class _Run:
             model_trace, guide_trace = self.elbo.traces
             terms = site_terms(model_trace, guide_trace, self.options["kl"])
             prefix = f"{self.diffusion.name}_" if self.diffusion.name else ""
-            names = [f"{prefix}{name}" for name in ("x_s", "x_0", "objective")]  # those that carry the weight
+            names = [f"{prefix}{name}" for name in ("x_s", "x_0", "x_objective")]  # those that carry the weight
             scaled = torch.stack([terms[name].detach() for name in names if name in terms]).sum(0)
             # With data_size the sites carry Pyro's N / B too: the same factor for all.
             self.sampler.update(self.engine.gather(t).cpu(), self.engine.gather(scaled / weight).cpu())

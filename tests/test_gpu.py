@@ -1,0 +1,183 @@
+"""What must be the same on CUDA as on the CPU: the bound, the samples, resume; and training there under bfloat16."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+
+import pyrodiff
+from pyrodiff import CosineSchedule, GaussianDiffusion, LogLinearSchedule, bits_per_dim, elbo_terms, fit, sample
+from pyrodiff.elbo import site_terms
+from pyrodiff.nets import MLP, UNet
+from pyrodiff.training import checkpoint
+
+pytestmark = pytest.mark.gpu
+loop = importlib.import_module("pyrodiff.training.fit")
+
+BINS = (17, -1.0, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """TensorFloat-32 keeps ten bits of a product: no ground for comparing with a CPU."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def make(steps: int = 12, **options) -> GaussianDiffusion:
+    net = UNet(1, width=8, multipliers=(1, 2), blocks=1, attention=(1,), out_channels=options.pop("out_channels", 1))
+    with torch.no_grad():  # a fresh network returns 0
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return GaussianDiffusion(net, CosineSchedule(steps), (1, 8, 8), bins=BINS, **options)
+
+
+def images(n: int = 16) -> torch.Tensor:
+    return torch.randint(0, 17, (n, 1, 8, 8)).float() / 8 - 1
+
+
+def on_cuda(diffusion: GaussianDiffusion, tmp_path: Path) -> GaussianDiffusion:
+    pyrodiff.save(tmp_path / "copy", diffusion)
+    return pyrodiff.load(tmp_path / "copy", device="cuda")
+
+
+def moved(trace: poutine.Trace) -> poutine.Trace:
+    trace = trace.copy()
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and isinstance(site["value"], torch.Tensor):
+            site["value"] = site["value"].cuda()
+    return trace
+
+
+@pytest.mark.parametrize("kl", ["analytic", "monte_carlo"])
+@pytest.mark.parametrize("one_step", [False, True])
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_the_bound_of_given_noise_is_the_cpus(kl: str, one_step: bool, variance: str, tmp_path: Path):
+    cpu = make(variance=variance, out_channels=2 if variance == "learned_range" else 1, decoder="learned")
+    cpu.eval()
+    cuda = on_cuda(cpu, tmp_path).eval()
+    x0 = images(13)
+    t = torch.arange(13) % 12 + 1 if one_step else None
+    with torch.no_grad(), pyro.settings.context(module_local_params=True):
+        noise = poutine.trace(cpu.guide).get_trace(x0, t)
+        mine = poutine.trace(poutine.replay(cpu.model, trace=noise)).get_trace(x0, t)
+        there = None if t is None else t.cuda()
+        # the guide scores the CPU's values on CUDA: its own laws there, the same noise
+        guide = poutine.trace(poutine.replay(cuda.guide, trace=moved(noise))).get_trace(x0.cuda(), there)
+        model = poutine.trace(poutine.replay(cuda.model, trace=moved(noise))).get_trace(x0.cuda(), there)
+        expected, found = site_terms(mine, noise, kl), site_terms(model, guide, kl)
+    assert list(expected) == list(found)
+    for name, value in expected.items():
+        assert found[name].device.type == "cuda"
+        scale = max(1.0, value.abs().max().item())
+        torch.testing.assert_close(
+            found[name].cpu(), value, rtol=1e-3, atol=1e-3 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("method", ["ancestral", "ddim"])
+@pytest.mark.parametrize("last", ["mean", "sample"])
+def test_samples_are_the_cpus(method: str, last: str, tmp_path: Path):
+    cpu = make()
+    cpu.reverse_kernel.bins = None  # a draw from a grid jumps by a level where a rounding error tips it over
+    cuda = on_cuda(make(), tmp_path)
+    cuda.load_state_dict(cpu.state_dict())
+    cuda.reverse_kernel.bins = None
+    a, b = (sample(d, 9, method, seed=4, last=last, batch_size=4) for d in (cpu, cuda))
+    assert b.device.type == "cuda"
+    torch.testing.assert_close(b.cpu(), a, rtol=0, atol=1e-3)
+
+
+def test_elbo_terms_run_there_and_agree_within_their_noise(tmp_path: Path):
+    cpu = make()
+    cuda = on_cuda(cpu, tmp_path)
+    x0 = images(32)
+    a = bits_per_dim(elbo_terms(cpu, x0, repeats=8))
+    b = bits_per_dim(elbo_terms(cuda, x0.cuda(), repeats=8))
+    # the same images, other noise: 5 standard errors, a false alarm in a million
+    assert abs(a.mean - b.mean) < 5 * (a.se_noise**2 + b.se_noise**2) ** 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("rule", loop.TIMESTEPS)
+def test_resuming_there_continues_bit_for_bit(precision: str, rule: str, tmp_path: Path):
+    # Without convolutions: cuDNN's gradients may add up in another order each time.
+    def build() -> GaussianDiffusion:
+        torch.manual_seed(0)
+        return GaussianDiffusion(MLP(3, width=32, depth=1), CosineSchedule(12), (3,), decoder="learned")
+
+    data = torch.randn(64, 3)
+    options = {"steps": 12, "batch_size": 16, "validate_every": 5, "timesteps": rule, "precision": precision}
+    options |= {"device": "cuda", "progress": False}
+    whole = build()
+    before = torch.cuda.get_rng_state()
+    fit(whole, data, data[:8], folder=tmp_path / "whole", **options)
+    assert next(whole.parameters()).device.type == "cuda"
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    for cut in (1, 5, 8):
+        first, calls = build(), [0]
+
+        def stop(module, args, output, calls=calls, cut=cut):
+            calls[0] += module.training
+            if module.training and calls[0] == cut:
+                signal.raise_signal(signal.SIGINT)
+
+        hook = first.net.register_forward_hook(stop)
+        result = fit(first, data, data[:8], folder=tmp_path / str(cut), **options)
+        hook.remove()
+        assert result.interrupted and result.steps == cut
+        second = build()
+        fit(second, data, data[:8], folder=tmp_path / str(cut), resume=True, **options)
+        for key, value in whole.state_dict().items():
+            assert torch.equal(value, second.state_dict()[key]), (cut, key)
+        trees = [checkpoint.read(tmp_path / n / "resume.safetensors", kind="resume") for n in ("whole", str(cut))]
+        for a, b in zip(*(tree["ema"]["average"] for tree in trees), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_non_finite_step_is_skipped_there():
+    diffusion, calls = make(), [0]
+
+    def poison(module, args, output):
+        calls[0] += module.training
+        return output * float("nan") if module.training and calls[0] in (1, 4) else None
+
+    diffusion.net.register_forward_hook(poison)
+    data = images(32)
+    result = fit(diffusion, data, steps=6, batch_size=8, device="cuda", precision="bf16", progress=False)
+    assert result.skipped == 2
+    assert all(value.isfinite().all() for value in diffusion.state_dict().values())
+
+
+def test_cuda_is_the_default_device():
+    diffusion = make()
+    fit(diffusion, images(), steps=1, batch_size=8, progress=False)
+    assert {p.device.type for p in diffusion.parameters()} == {"cuda"}
+
+
+def test_digits_under_bf16_learn_and_the_bound_is_the_cpus(tmp_path: Path):
+    pytest.importorskip("sklearn")
+    digits = pyrodiff.load_data("digits")
+    net = UNet(1, width=16, multipliers=(1, 2), blocks=1, attention=(1,), fourier_features=(3, 4))
+    schedule = LogLinearSchedule(1000, -6.0, 6.5)
+    diffusion = GaussianDiffusion(net, schedule, (1, 8, 8), prediction="v", decoder="learned", bins=digits.bins)
+    result = fit(
+        diffusion, digits.train, digits.validation, steps=300, batch_size=64, lr=3e-3, ema_decay=0.98, precision="bf16",
+        device="cuda", folder=tmp_path, validate_every=100, progress=False,
+    )  # fmt: skip
+    bounds = [record["validation_bits_per_dim"] for record in result.records]
+    assert result.skipped == 0
+    assert bounds[-1] < bounds[0] and bounds[-1] < 2.6  # a uniform guess costs log2(17) = 4.09
+    cpu = pyrodiff.load(tmp_path)
+    a = bits_per_dim(elbo_terms(cpu, digits.test, 16, repeats=4))
+    b = bits_per_dim(elbo_terms(pyrodiff.load(tmp_path, device="cuda"), digits.test.cuda(), 16, repeats=4))
+    # the same weights and images, other noise: 5 standard errors
+    assert abs(a.mean - b.mean) < 5 * (a.se_noise**2 + b.se_noise**2) ** 0.5 + 2e-3
