@@ -28,7 +28,7 @@ ROWS = (
     ("timesteps", "elbo", "sample", "likelihood"),
     ("inference",),
     ("training",),
-    ("interop", "inference_data", "plots", "cli", "__main__"),
+    ("interop", "inference_data", "plots", "report", "cli", "__main__"),
 )
 POSITION = {name: (r, c) for r, row in enumerate(ROWS) for c, name in enumerate(row)}
 

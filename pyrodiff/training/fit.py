@@ -352,7 +352,11 @@ class _Run:
         self.elbo = _recording(ELBOS[options["kl"]])()
         self.loss: nn.Module = self.elbo(diffusion.model, diffusion.guide)
         self.optimizer: Any = torch.optim.AdamW(
-            diffusion.parameters(), lr=options["lr"], betas=(0.9, 0.99), weight_decay=options["weight_decay"]
+            diffusion.parameters(),
+            lr=options["lr"],
+            betas=(0.9, 0.99),
+            weight_decay=options["weight_decay"],
+            fused=True,
         )
         self.ema = EMA(diffusion, options["ema_decay"])
         self.sampler = draws.ImportanceSampler(diffusion.steps) if options["timesteps"] == "importance" else None
