@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 
 # `make gpu`: what the command line is asked to train, and where it writes
 GPU_RUN      ?= runs/gpu-demo
-GPU_TRAINING ?= -m pyrodiff train digits --device cuda --out $(GPU_RUN)
+GPU_TRAINING ?= -m pyrodiff train digits --device cuda --training.precision bf16 --out $(GPU_RUN)
 
 ifeq ($(origin PY),undefined)
 PY        := $(VENV)/bin/python

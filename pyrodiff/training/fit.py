@@ -56,7 +56,7 @@ class Fit:
         best: its validation bound, in bits/dim; None without validation data.
         skipped: steps left out because the loss or its gradient was not finite.
         seconds: wall time of this run.
-        records: one dictionary per validation: step, bits per dim, learning rate, ...
+        records: one dictionary per validation: step, mean training loss since the last one, bits per dim, ...
         interrupted: whether Ctrl-C (or SIGTERM) ended it early; the state is saved.
     """
 
@@ -362,7 +362,8 @@ class _Run:
         self.sampler = draws.ImportanceSampler(diffusion.steps) if options["timesteps"] == "importance" else None
         self.best_weights: dict[str, Tensor] | None = None
         self.skipped_in_a_row = 0
-        self.running = math.nan  # the loss of recent steps
+        self.running = math.nan  # the loss of recent steps, for the bar
+        self.total, self.counted = 0.0, 0  # the losses since the last validation, for the record
         self.stopped = False
         self.outside = _count_outside_range(diffusion, stack)
         if engine.fabric is not None:
@@ -393,6 +394,7 @@ class _Run:
             return
         self.skipped_in_a_row = 0
         self.running = loss_value if math.isnan(self.running) else self.running + 0.05 * (loss_value - self.running)
+        self.total, self.counted = self.total + loss_value, self.counted + 1
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(steps)
         self.optimizer.step()
@@ -469,10 +471,11 @@ class _Run:
         """Score the averaged weights and keep them if they are the best."""
         if self.engine.rank:
             return
-        running = self.running if math.isfinite(self.running) else None  # JSON has no NaN
-        record: dict[str, Any] = {"step": self.result.steps, "train_loss_nats_per_dim": running, "lr": self._last_lr()}
-        if running is not None and self.diffusion.objective == "elbo":
-            record["train_bits_per_dim"] = running / math.log(2)
+        mean = self.total / self.counted if self.counted else None
+        self.total, self.counted = 0.0, 0
+        record: dict[str, Any] = {"step": self.result.steps, "train_loss_nats_per_dim": mean, "lr": self._last_lr()}
+        if mean is not None and self.diffusion.objective == "elbo":
+            record["train_bits_per_dim"] = mean / math.log(2)
         bound = None
         with self.ema.swapped_in():
             if score is not None:
@@ -521,7 +524,7 @@ class _Run:
             },
             "ema": self.ema.state_dict(),
             "sampler": None if self.sampler is None else self.sampler.state_dict(),
-            "running": self.running,
+            "running": [self.running, self.total, self.counted],
             "skipped_in_a_row": self.skipped_in_a_row,
             "result": {
                 "steps": result.steps,
@@ -558,7 +561,8 @@ class _Run:
         saved = tree["result"]
         best = saved.pop("best")
         self.result = Fit(best=None if best is None else BitsPerDim(*best), **saved)
-        self.running, self.skipped_in_a_row = tree["running"], tree["skipped_in_a_row"]
+        self.running, self.total, self.counted = tree["running"]
+        self.skipped_in_a_row = tree["skipped_in_a_row"]
         if self.folder is not None:
             metrics = self.folder / "metrics.jsonl"
             text = "".join(json.dumps(record) + "\n" for record in self.result.records)
