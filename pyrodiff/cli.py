@@ -64,7 +64,7 @@ class NetOptions:
     blocks: int = 1
     attention: list[int] = field(default_factory=lambda: [1])
     resample: str = "conv"
-    dropout: float = 0.1
+    dropout: float = 0.0
     fourier_features: list[int] = field(default_factory=lambda: [3, 4])
     conditional: bool = False
 
@@ -82,7 +82,7 @@ class ScheduleOptions:
 
     kind: str = "log_linear"
     steps: int = 1000
-    log_snr_min: float = -6.0
+    log_snr_min: float = -5.0
     log_snr_max: float = 6.5
 
     def build(self) -> Schedule:
@@ -132,17 +132,17 @@ class TrainingOptions:
         validate_every: steps between validations; default a tenth of steps.
     """
 
-    steps: int = 2500
+    steps: int = 1800
     batch_size: int = 64
     accumulate: int = 1
-    lr: float = 3e-3
+    lr: float = 5e-3
     warmup: int = 100
     lr_schedule: str = "cosine"
     weight_decay: float = 0.01
     clip_norm: float = 1.0
-    ema_decay: float = 0.998
+    ema_decay: float = 0.997
     kl: str = "analytic"
-    timesteps: str = "low_discrepancy"
+    timesteps: str = "importance"
     precision: str = "float32"
     validate_every: int | None = None
 

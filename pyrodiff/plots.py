@@ -299,7 +299,7 @@ def _mark_ends(axes: Axes, terms: ELBOTerms, schedule: Schedule, x: str) -> None
     name = "reconstruction, $t = 1$"
     offset: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
     axes.annotate(name, (float(ends[0]), heights[0]), (10, 8), **offset)
-    down = -16 if heights[1] >= heights[0] else 16
+    down = -40 if heights[1] >= heights[0] else 40
     axes.annotate("whole bound, prior included", (float(ends[1]), heights[1]), (0, down), ha="right", **offset)
     if all(value >= 0 for value in parts.values()) and parts["total"] > 0:
         axes.set_ylim(bottom=0)

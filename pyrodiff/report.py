@@ -35,7 +35,7 @@ class ScoringOptions:
         images: at most that many test images are scored.
     """
 
-    timesteps: int = 32
+    timesteps: int = 20
     repeats: int = 4
     samples: int = 1000
     sample_steps: str | None = "100"
