@@ -24,17 +24,20 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
-from ._tensor import append_dims, check_event, sum_event
+from ._tensor import append_dims, batch_dims, check_event, sum_event
 from .errors import OptionError, ProgramError, ShapeError, check_option
 from .forward import ForwardProcess
 from .reverse import Bins, Prediction, ReverseKernel
@@ -74,7 +77,8 @@ class GaussianDiffusion(nn.Module):
         objective: what one-timestep programs are trained on. ``"elbo"``; or, none of them a bound, ``"simple"`` (squared error
             of the network's own target, summed over dims and averaged over t), ``"min_snr"`` (the x_0 error weighted by
             min(SNR, 5)), ``"p2"`` (the eps error weighted by 1 / (1 + SNR)), ``"hybrid"`` (``"simple"`` plus 0.001 times the
-            bound in bits, its mean detached: for learned variances). The whole chain is always the ELBO.
+            bound in bits, its mean detached: for learned variances, which the other three leave untrained, as they do a
+            learned decoder). The whole chain is always the ELBO.
         data_size: number of examples N of the data set, for SVI's usual scaling N / B of a mini-batch; None: no scaling.
         name: prefix of the sites, so that one program can hold two diffusions.
 
@@ -112,6 +116,14 @@ class GaussianDiffusion(nn.Module):
             raise OptionError(f"data_size={data_size!r} is not a positive number of examples")
         self.event_shape = torch.Size(event_shape)
         event_dim = len(self.event_shape)
+        of_schedule = schedule.log_snr(1).shape
+        if len(of_schedule) > event_dim or any(
+            a not in (1, b) for a, b in zip(of_schedule, self.event_shape, strict=False)
+        ):
+            raise ShapeError(
+                f"the schedule has values of shape {list(of_schedule)}, which are the first dims of the event, "
+                f"and the event is {list(self.event_shape)}"
+            )
         self.reverse_kernel = ReverseKernel(net, schedule, prediction, variance, decoder, bins, event_dim, clip)
         self.objective, self.data_size, self.name = objective, data_size, name
         # Not children: their parameters are the kernel's, and a state dict should hold each once.
@@ -120,6 +132,26 @@ class GaussianDiffusion(nn.Module):
     model: Model
     guide: Guide
     noising: Noising
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch would register a module beside the property of that name, and nothing would change.
+        if name == "net":
+            self.reverse_kernel.net = value
+        elif name in ("schedule", "forward_process") or (name == "reverse_kernel" and name in self._modules):
+            raise ProgramError(f"{name} cannot be exchanged: make a new GaussianDiffusion, or respace")
+        else:
+            super().__setattr__(name, value)
+
+    def respace(self, spec: str | int | Sequence[int]) -> GaussianDiffusion:
+        """The model of a shorter chain (see :meth:`~pyrodiff.schedules.Schedule.respace`), around the same parameters."""
+        kernel = self.reverse_kernel
+        shorter = GaussianDiffusion(
+            kernel.net, self.schedule.respace(spec), self.event_shape, kernel.prediction, kernel.variance, kernel.decoder,
+            kernel.bins, kernel.clip, self.objective, self.data_size, self.name,
+        )  # fmt: skip
+        if kernel.decoder == "learned":
+            shorter.reverse_kernel.log_scale = kernel.log_scale
+        return shorter
 
     @property
     def forward_process(self) -> ForwardProcess:
@@ -191,8 +223,7 @@ class Program(nn.Module):
         """Number of examples, after a look at ``x0``."""
         diffusion = self.diffusion
         if x0 is None:
-            dims = getattr(diffusion.net, "cond_event_dims", {})
-            batches = [v.shape[: v.dim() - dims.get(k, 0)] for k, v in cond.items() if isinstance(v, Tensor)]
+            batches = [cond[k].shape[:n] for k, n in batch_dims(diffusion.net, cond).items()]
             return torch.broadcast_shapes((1,), *batches)[-1]
         check_event("x0", x0, diffusion.event_shape)
         batch = x0.shape[: x0.dim() - len(diffusion.event_shape)]
@@ -204,8 +235,20 @@ class Program(nn.Module):
             raise ShapeError("x0 holds NaN or infinite values")
         return batch[-1]
 
-    def _plate(self, size: int) -> pyro.plate:
+    def _plate(self, size: int) -> AbstractContextManager[Any]:
+        """The plate of the examples: the caller's, where one stands at dim -1 already, or one of our own."""
         diffusion = self.diffusion
+        for messenger in _PYRO_STACK:
+            if isinstance(messenger, IndepMessenger) and messenger.dim == -1:
+                rows = getattr(messenger, "subsample_size", messenger.size)
+                if rows != size or diffusion.data_size is not None:
+                    raise ProgramError(
+                        f"plate {messenger.name!r} at dim -1 holds {rows} rows for {size} examples, or scales them beside "
+                        f"data_size={diffusion.data_size}: it must be the plate of the examples, and data_size None"
+                    )
+                return nullcontext()
+        if diffusion.data_size is not None and diffusion.data_size < size:
+            raise ShapeError(f"data_size={diffusion.data_size} is less than the batch of {size}")
         name = f"{diffusion.name}_data" if diffusion.name else "data"
         # Indices as a range, or the plate would make a tensor of them, and permute the whole data set for it.
         indices: Any = range(size)
@@ -224,7 +267,11 @@ class Program(nn.Module):
         steps = self.diffusion.steps
         if t.device.type == "cpu" and t.numel() and t.min() < 1:
             raise ShapeError(f"t has values in {int(t.min())}..{int(t.max())}; timesteps are in 1..{steps}")
-        return x0, t, float(steps) if weight is None else weight
+        if isinstance(weight, Tensor):
+            if weight.dim() and weight.shape != t.shape:
+                raise ShapeError(f"weight has shape {list(weight.shape)}, not that of t, {list(t.shape)}")
+            weight = weight.to(x0.device)
+        return x0, t.to(x0.device), float(steps) if weight is None else weight
 
     def _check_batch(self, t: Tensor, x_T: Tensor) -> None:
         batch = x_T.shape[: x_T.dim() - len(self.diffusion.event_shape)]
@@ -255,17 +302,22 @@ def register(diffusion: GaussianDiffusion, module: nn.Module, prefix: str = "") 
 
     Pyro's store keeps the first tensor it saw under a name: a second object of that name, or new tensors in an old one,
     would never move. ``prefix`` says where in the diffusion the module sits. With ``module_local_params`` the parameters
-    are the modules' alone, and there is nothing to do.
+    are the modules' alone, and there is nothing to do, unless ``SVI.step`` is looking for them.
     """
-    if pyro.settings.get("module_local_params"):
+    asked = any(isinstance(messenger, TraceMessenger) and messenger.param_only for messenger in _PYRO_STACK)
+    if pyro.settings.get("module_local_params") and not asked:
         return
     if diffusion not in _names:
         _names[diffusion] = f"diffusion_{next(_count)}"
     for name, parameter in module.named_parameters(prefix=_names[diffusion] + "$$$" + prefix):
         if parameter.requires_grad and pyro.param(name, parameter)._cdata != parameter._cdata:
+            remedy = (
+                "after an exchange such as load_state_dict(assign=True), call pyro.clear_param_store(), make a new SVI"
+            )
+            if not parameter.is_contiguous():
+                remedy = "it copies what is not contiguous (channels_last): train by ELBO()(model, guide) and a torch optimiser"
             raise ProgramError(
-                f"Pyro's parameter store holds another tensor under {name}, and would train that one; "
-                "after load_state_dict(assign=True) or a similar exchange, call pyro.clear_param_store() and make a new SVI"
+                f"Pyro's parameter store holds another tensor under {name}, and would train that one; {remedy}"
             )
 
 
@@ -281,7 +333,9 @@ class Model(Program):
     ) -> Tensor:
         """Runs the program: the whole chain without ``t``, one timestep of it with."""
         register(self.diffusion, self)
-        like = x0 if x0 is not None else next(self.parameters(), None)
+        if t is None and weight is not None:
+            raise ProgramError("weight belongs to t: the whole chain has no random timestep to weigh")
+        like = x0 if x0 is not None else next(self.diffusion.net.parameters(), None)
         size = self._batch(x0, cond)
         with self._plate(size):
             x_T = self._q.prior((size, *self.diffusion.event_shape), like)
@@ -294,7 +348,14 @@ class Model(Program):
         x_t = pyro.sample(self._site(steps), x_T)
         for t in range(steps, 1, -1):
             x_t = pyro.sample(self._site(t - 1), p(x_t, t, **cond))
-        return pyro.sample(self._site(0), p.decode(x_t, **cond), obs=x0)
+        law = p.decode(x_t, **cond)
+        x_0 = pyro.sample(self._site(0), law, obs=x0)
+        if x0 is None and x_0.shape != law.shape():
+            raise ProgramError(
+                f"site {self._site(0)!r} was given {list(x_0.shape)} for chains of {list(law.shape())}, which its rows would "
+                "share: pass the data to the program, or wrap it in a plate"
+            )
+        return x_0
 
     def _step(
         self, x0: Tensor, t: Tensor, weight: Tensor | float, x_T: dist.TorchDistribution, cond: dict[str, Tensor]

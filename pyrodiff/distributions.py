@@ -133,8 +133,10 @@ class Gaussian(Normal):
         return (self.scale.log() + 0.5 + _HALF_LOG_2PI).expand(self.batch_shape)
 
 
+@register_kl(torch.distributions.Normal, Gaussian)
+@register_kl(Gaussian, torch.distributions.Normal)
 @register_kl(Gaussian, Gaussian)
-def _kl_gaussian_gaussian(q: Gaussian, p: Gaussian) -> Tensor:
+def _kl_gaussian_gaussian(q: torch.distributions.Normal, p: torch.distributions.Normal) -> Tensor:
     r""":math:`\frac12 (e^d - 1 - d) + \frac12 (\mu_q - \mu_p)^2 / \sigma_p^2` with :math:`d = \log(\sigma_q^2 / \sigma_p^2)`."""
     log_ratio = 2 * (q.scale / p.scale).log()
     # Where both variances are nearly equal the three terms cancel: the series there, to d^7.

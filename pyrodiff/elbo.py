@@ -17,10 +17,11 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import pyro.distributions as dist
 import pyro.infer
 import torch
@@ -31,7 +32,7 @@ from torch.distributions import kl_divergence
 from torch.distributions.kl import _KL_REGISTRY
 from tqdm.auto import tqdm
 
-from ._tensor import check_event
+from ._tensor import check_event, take_rows
 from .diffusion import GaussianDiffusion
 from .errors import OptionError, ProgramError, ShapeError, check_option
 
@@ -204,7 +205,8 @@ def elbo_terms(
     """Estimate every term of the bound, for each example.
 
     Read off the same distributions as the programs' sites: at one seed and in one batch, equal to the site terms of stock
-    Pyro's ELBO. Nothing is kept on the autograd graph; memory does not grow with T, and with the data only by the result.
+    Pyro's ELBO. Nothing is kept on the autograd graph; memory grows with the result alone, two float64
+    numbers per image, timestep and repeat.
 
     Args:
         diffusion: the model.
@@ -230,6 +232,11 @@ def elbo_terms(
         raise ShapeError(f"x0 has shape {list(x0.shape)}, not [B, *{list(diffusion.event_shape)}] with B >= 1")
     if repeats < 1 or batch_size < 1:
         raise OptionError(f"repeats={repeats!r} and batch_size={batch_size!r} must be at least 1")
+    diffusion.reverse_kernel.check_grid("x0", x0)
+    if isinstance(t, Sequence | np.integer | np.ndarray):
+        t = torch.as_tensor(t) if not isinstance(t, np.integer) else int(t)
+    if weights is not None and not isinstance(t, Tensor):
+        raise OptionError("weights belong to a tensor t: all timesteps weigh 1, and drawn ones (T - 1) / C")
     steps, batch = diffusion.steps, len(x0)
     columns = _columns(t, steps, batch, weights)
     bar = tqdm(
@@ -253,7 +260,7 @@ def elbo_terms(
                 part = slice(first, first + batch_size)
                 walk = _chain_terms if t is None and chain else _independent_terms
                 part_t = repeat_t[part] if repeat_t.dim() == 2 else repeat_t
-                part_cond = {k: v[part] if isinstance(v, Tensor) and v.dim() else v for k, v in cond.items()}
+                part_cond = take_rows(diffusion.net, cond, part, batch)
                 found, calls = walk(diffusion, x0[part], part_t, part_cond, batch_size)
                 evaluations += calls
                 for name in KLS:
@@ -264,7 +271,7 @@ def elbo_terms(
     stacked = {name: tuple(torch.stack(parts) for parts in zip(*draws[name], strict=True)) for name in KLS}
     dims = diffusion.event_shape.numel()
     used_t = torch.stack(used) if isinstance(t, int) else used[0]
-    return ELBOTerms(kl, dims, used_t, used_weights, stacked, evaluations)  # type: ignore[arg-type]
+    return ELBOTerms(kl, dims, used_t, used_weights.expand(used_t.shape), stacked, evaluations)  # type: ignore[arg-type]
 
 
 def _columns(
@@ -423,7 +430,8 @@ def _base(fn: Any) -> Any:
 
 def _registered(cls: type) -> set[type]:
     """The class itself, and the torch class that Pyro's class of the same name merely wraps."""
-    return {cls} | {base for base in cls.__mro__[1:] if base.__name__ == cls.__name__}
+    pyros = cls.__module__.startswith("pyro.distributions")
+    return {cls} | {base for base in cls.__mro__[1:] if pyros and base.__name__ == cls.__name__}
 
 
 class TraceMeanField_ELBO(pyro.infer.TraceMeanField_ELBO):

@@ -60,6 +60,9 @@ class ForwardProcess(nn.Module):
 
     def transition(self, x_s: Tensor, s: int | Tensor, t: int | Tensor) -> TorchDistribution:
         r""":math:`q(x_t \mid x_s)` for :math:`0 \le s < t`; DDPM eq. 2 when s = t - 1 (then :math:`\sigma_t^2 c = \beta_t`)."""
+        s, t = torch.as_tensor(s, device=x_s.device), torch.as_tensor(t, device=x_s.device)
+        if s.device.type == "cpu" and not (s < t).all():
+            raise ProgramError(f"transition goes from s to a later t, not from {s.tolist()} to {t.tolist()}")
         event_dim, (log_snr_s, log_snr_t) = self._steps(x_s, s, t)
         ratio = (log_snr_t.sigmoid() / log_snr_s.sigmoid()).sqrt()
         c = -torch.expm1(log_snr_t - log_snr_s)

@@ -21,15 +21,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from ._tensor import append_dims
+from ._tensor import append_dims, batch_dims
 from .distributions import DiscretizedNormal, Gaussian
-from .errors import OptionError, ProgramError, ShapeError, check_option
+from .errors import DataError, OptionError, ProgramError, ShapeError, check_option
 from .forward import ForwardProcess
 from .schedules import Schedule
 
@@ -116,6 +116,11 @@ class ReverseKernel(nn.Module):
         """The noise schedule."""
         return self.forward_process.schedule
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "schedule":  # torch would register a module beside the property, and nothing would change
+            raise ProgramError("the schedule of a kernel cannot be exchanged: make a new one, or respace")
+        super().__setattr__(name, value)
+
     @property
     def learned_variance(self) -> bool:
         """Whether the network outputs variance channels."""
@@ -168,9 +173,12 @@ class ReverseKernel(nn.Module):
 
     def respace(self, spec: str | int | Sequence[int]) -> ReverseKernel:
         """The kernel of a shorter chain (see :meth:`~pyrodiff.schedules.Schedule.respace`), around the same network."""
+        schedule = self.schedule.respace(spec)
+        if self.decoder == "openai" and schedule.steps < 2:
+            raise OptionError(f'decoder="openai" takes the posterior variance at t = 2: respacing to {spec!r} has none')
         kernel = copy.copy(self)
         kernel._modules = dict(self._modules)
-        kernel.forward_process = ForwardProcess(self.schedule.respace(spec), self.forward_process.event_dim)
+        kernel.forward_process = ForwardProcess(schedule, self.forward_process.event_dim)
         return kernel
 
     # ------------------------------------------------------------------ their parts
@@ -225,6 +233,16 @@ class ReverseKernel(nn.Module):
         levels, low, high = self.bins
         return DiscretizedNormal(loc, scale, (high - low) / (levels - 1), low, high).to_event(event_dim)
 
+    def check_grid(self, name: str, x: Tensor) -> None:
+        """Raise :class:`~pyrodiff.errors.DataError` where ``x``, ``[N, *event]``, is off the grid of ``bins``."""
+        if self.bins is None or x.device.type == "meta":
+            return
+        law: Any = self.law_of_x_0(x.new_zeros(()), x.new_ones(()), 0)
+        on_grid = law.support.check(x)
+        if not on_grid.all():
+            bad = int((~on_grid).flatten(1).any(1).nonzero()[0])
+            raise DataError(f"{name}[{bad}] has values off the grid of bins={self.bins} (levels, low, high)")
+
     def _clipped(self, x0_hat: Tensor) -> Tensor:
         if not self.clip:
             return x0_hat
@@ -256,9 +274,7 @@ class ReverseKernel(nn.Module):
     def _call_net(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], event_dim: int) -> Tensor:
         """Broadcast every batch dim, show the network one flat batch, restore the shape and the dtype."""
         event_shape = x_t.shape[x_t.dim() - event_dim :]
-        dims = getattr(self.net, "cond_event_dims", {})
-        # A value's batch shape, and what it has beyond.
-        split = {k: v.dim() - dims.get(k, 0) for k, v in cond.items() if isinstance(v, Tensor)}
+        split = batch_dims(self.net, cond)
         batches = [x_t.shape[: x_t.dim() - event_dim], t.shape, *(cond[k].shape[:n] for k, n in split.items())]
         try:
             batch_shape = torch.broadcast_shapes(*batches)

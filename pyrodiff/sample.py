@@ -3,7 +3,8 @@ r"""Samplers: from noise to data along the reverse chain, or along some of its s
 A sampler is one step, :math:`(x_t, t) \to x_s`; the loop, the noise and the last step are shared. The noise of example i is a
 stream of its own, made of the seed and i, so that it is the same whatever the batch size or the device.
 
-**The last step.** x_0 is by default the decoder's mean, as in guided-diffusion, whose last step adds no noise.
+**The last step.** x_0 is by default the mean of the Normal behind the decoder, as in guided-diffusion, whose last step adds
+no noise; with bins it lies off the grid, and may lie a little outside of it.
 ``last="sample"`` draws from the decoder instead, which is the law of the Pyro program: ``poutine.uncondition(diffusion.model)``
 and ``Predictive`` always draw.
 
@@ -21,9 +22,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._tensor import append_dims
+from ._tensor import append_dims, take_rows
 from .diffusion import GaussianDiffusion
-from .errors import OptionError, ShapeError, check_option
+from .errors import OptionError, check_option
 from .reverse import ReverseKernel
 
 __all__ = ["METHODS", "ancestral", "ddim", "sample", "trajectory"]
@@ -140,15 +141,11 @@ def _walk(
         raise OptionError(f"n={n!r} and batch_size={batch_size!r} must be at least 1")
     if not 0 <= eta <= 1:
         raise OptionError(f"eta={eta!r} is not in [0, 1]")
-    for name, value in cond.items():
-        if isinstance(value, Tensor) and value.dim() and len(value) != n:
-            raise ShapeError(
-                f"{name} has {len(value)} rows for n={n} samples; give one each, or one value without batch dim"
-            )
+    cond = {k: torch.as_tensor(v) if isinstance(v, int | float | Sequence | np.ndarray) else v for k, v in cond.items()}
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     p = diffusion.reverse_kernel if steps is None else diffusion.reverse_kernel.respace(steps)
-    like = next(diffusion.parameters(), torch.zeros(()))
+    like = next(diffusion.net.parameters(), torch.zeros(()))
     length = p.schedule.steps
     batches = range(0, n, batch_size)
     bar = tqdm(
@@ -164,7 +161,9 @@ def _walk(
         for first in batches:
             indices = range(first, min(first + batch_size, n))
             rows = slice(first, first + len(indices))
-            part = {k: v[rows] if isinstance(v, Tensor) and v.dim() else v for k, v in cond.items()}
+            part = {
+                k: v.to(like.device) if isinstance(v, Tensor) else v for k, v in take_rows(p.net, cond, rows, n).items()
+            }
             noises = _noise(seed, indices, length + 1, diffusion.event_shape, like)
             x = next(noises)
             yield True, x
@@ -191,4 +190,4 @@ def _noise(seed: int, indices: range, length: int, event_shape: torch.Size, like
     for first in range(0, length, size):
         shape = (min(size, length - first), *event_shape)
         block = np.stack([stream.standard_normal(shape, dtype=dtype) for stream in streams], axis=1)
-        yield from torch.from_numpy(block).to(like.device)
+        yield from torch.from_numpy(block).to(like)

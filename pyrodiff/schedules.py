@@ -38,7 +38,8 @@ class Schedule(nn.Module):
     """Interface of a noise schedule: ``steps`` and :meth:`log_snr`; everything else follows.
 
     A subclass may have parameters (a learned schedule): :meth:`log_snr` must then be differentiable. It may also be
-    a schedule per element of the event: ``event_dim`` says how many dims :meth:`log_snr` appends to those of ``t``.
+    a schedule per element of the event: ``event_dim`` says how many dims :meth:`log_snr` appends to those of ``t``, which are
+    the event's first (``[C]`` is a schedule per channel, ``[1, H, W]`` one per pixel).
 
     Attributes:
         steps: number of steps T.
@@ -90,9 +91,9 @@ class Schedule(nn.Module):
         return RespacedSchedule(self, kept_steps(self.steps, spec))
 
     @property
-    def config(self) -> dict[str, object]:
-        """Constructor arguments as JSON-able values; ``schedule`` names the class."""
-        raise NotImplementedError
+    def config(self) -> dict[str, object] | None:
+        """Constructor arguments as JSON-able values, ``schedule`` naming the class; None for a schedule of a user's own."""
+        return None
 
     def extra_repr(self) -> str:
         """Shown by ``print``."""

@@ -122,6 +122,8 @@ class ImportanceSampler:
         """
         if t.shape != losses.shape or t.dim() != 1:
             raise ShapeError(f"t has shape {list(t.shape)} and losses {list(losses.shape)}; both must be [B]")
+        if t.numel() and not 1 <= t.min() <= t.max() <= self.steps:
+            raise ShapeError(f"t has values in {int(t.min())}..{int(t.max())}; timesteps are in 1..{self.steps}")
         for i, loss in zip((t - 1).tolist(), losses.detach().double().tolist(), strict=True):
             if loss - loss == 0:  # finite
                 self._losses[i, self._seen[i] % self.history] = loss

@@ -230,11 +230,7 @@ def save(path: str | os.PathLike[str], diffusion: nn.Module, **extra: Any) -> No
     net = _unwrapped(diffusion.net)
     names = [name for name, network in nets.REGISTRY.items() if network is type(net)]
     network = {"name": names[0], "arguments": net.config} if names else None
-    try:
-        options = {**diffusion.config, "schedule": _schedule_config(diffusion.schedule)}
-    except NotImplementedError:
-        name = type(diffusion.schedule).__name__
-        raise OptionError(f"schedule {name} has no config; None will do, for load(schedule=...)") from None
+    options = {**diffusion.config, "schedule": _schedule_config(diffusion.schedule)}
     config = {**options, "network": network, "pyrodiff": __version__}
     state = {_name(key): value for key, value in diffusion.state_dict().items()}
     folder = Path(path)
@@ -436,6 +432,8 @@ def _name(key: str) -> str:
 def _schedule_config(schedule: schedules.Schedule) -> dict[str, object] | None:
     """The config from which the schedule can be rebuilt; None for one of the user's own."""
     config = schedule.config
+    if config is None:
+        return None
     try:
         return config if type(schedules.from_config(config)) is type(schedule) else None
     except _MALFORMED:

@@ -236,13 +236,7 @@ def _check_data(
     if not x.isfinite().all():
         bad = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
         raise DataError(f"{name}[{bad}] holds NaN or infinite values")
-    kernel = diffusion.reverse_kernel
-    if kernel.bins is not None:
-        law: Any = kernel.law_of_x_0(x.new_zeros(()), x.new_ones(()), 0)
-        on_grid = law.support.check(x)
-        if not on_grid.all():
-            bad = int((~on_grid).flatten(1).any(1).nonzero()[0])
-            raise DataError(f"{name}[{bad}] has values off the grid of bins={kernel.bins} (levels, low, high)")
+    diffusion.reverse_kernel.check_grid(name, x)
     for key, value in (cond or {}).items():
         if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != len(x):
             rows = len(value) if isinstance(value, Tensor) and value.dim() else "no"
