@@ -487,9 +487,9 @@ def test_validation_rejects_values_off_the_grid(value):
 
 def test_validation_rejects_bad_parameters():
     with pytest.raises(ValueError, match="scale"):
-        DiscretizedNormal(torch.zeros(2), torch.tensor([1.0, 0.0]), *GRIDS["17"])
+        DiscretizedNormal(torch.zeros(2), torch.tensor([1.0, 0.0]), *GRIDS["17"], validate_args=True)
     with pytest.raises(ValueError, match="loc"):
-        DiscretizedNormal(torch.tensor(math.nan), 1.0, *GRIDS["17"])
+        DiscretizedNormal(torch.tensor(math.nan), 1.0, *GRIDS["17"], validate_args=True)
 
 
 @pytest.mark.parametrize(
