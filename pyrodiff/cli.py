@@ -135,12 +135,12 @@ class TrainingOptions:
     steps: int = 1800
     batch_size: int = 64
     accumulate: int = 1
-    lr: float = 5e-3
+    lr: float = 3e-3
     warmup: int = 100
     lr_schedule: str = "cosine"
     weight_decay: float = 0.01
     clip_norm: float = 1.0
-    ema_decay: float = 0.997
+    ema_decay: float = 0.998
     kl: str = "analytic"
     timesteps: str = "importance"
     precision: str = "float32"

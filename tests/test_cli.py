@@ -80,7 +80,7 @@ def test_training_leaves_the_documented_files(data: Path):
     assert names(folder) == VECTORS
     assert all(path.stat().st_size > 0 for path in folder.iterdir() if path.name != ".lock")
     saved = yaml.safe_load((folder / "run.yaml").read_text())
-    assert saved["net"]["width"] == 8 and saved["schedule"]["steps"] == 6 and saved["training"]["lr"] == 5e-3
+    assert saved["net"]["width"] == 8 and saved["schedule"]["steps"] == 6 and saved["training"]["lr"] == 3e-3
     config = json.loads((folder / "config.json").read_text())
     assert config["network"]["name"] == "MLP" and config["bins"] is None
     rows = json.loads((folder / "ledger.json").read_text())

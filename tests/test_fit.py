@@ -556,7 +556,7 @@ def test_bad_data_is_refused():
         (good.long(), ShapeError, "dtype"),
         (good.double(), DataError, "dtype torch.float64"),
         (good.numpy(), ShapeError, "ndarray"),
-        (good[:4], OptionError, "not exceed the 4 examples"),
+        (good[:4], OptionError, "more than the 4 training examples"),
     ]
     diffusion = make()
     before = weights(diffusion)

@@ -15,13 +15,14 @@ def blocks():
 
 def test_the_readme_runs(capsys):
     code = blocks()
-    assert len(code) == 2
+    assert len(code) == 3
     scope = {}
     for block in code:
         exec(compile(block, str(README), "exec"), scope)
     assert "bits/dim (±" in capsys.readouterr().out
     assert scope["images"].shape == (16, 1, 8, 8)
     assert scope["draws"].shape == (3, 1, 1, 8, 8)
+    assert scope["sevens"].shape == (2, 1, 8, 8)
     names = [n for n, s in scope["trace"].nodes.items() if n.startswith("x_")]
     assert names == [f"x_{t}" for t in range(10, 0, -1)]
 

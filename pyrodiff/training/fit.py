@@ -89,7 +89,7 @@ def fit(
     timesteps: str = "low_discrepancy",
     precision: str = "float32",
     validate_every: int | None = None,
-    validation_timesteps: int = 16,
+    validation_timesteps: int = 8,
     folder: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -176,10 +176,11 @@ def fit(
     validation_cond = {} if validation is None else _check_data(diffusion, "validation", validation, validation_cond)
     engine = _Engine.of(device, unused=diffusion.objective != "elbo")
     share, rest = divmod(batch_size, engine.world_size * accumulate)
-    if rest or len(data) < batch_size:
+    if len(data) < batch_size:
+        raise OptionError(f"batch_size={batch_size} is more than the {len(data)} training examples")
+    if rest:
         raise OptionError(
-            f"batch_size={batch_size} must divide by processes x accumulate = {engine.world_size * accumulate} and not exceed "
-            f"the {len(data)} examples"
+            f"batch_size={batch_size} does not divide by processes x accumulate = {engine.world_size * accumulate}"
         )
     if folder is not None:
         _check_folder(Path(folder), resume)
@@ -206,14 +207,18 @@ def fit(
             indices = order.batch(result.steps).reshape(accumulate, engine.world_size, share)[:, engine.rank]
             parts = [(data[i], {k: v[i] for k, v in cond.items()}) for i in indices]
             run.step(parts, steps, stop)
-            bar.set_postfix_str(run.describe(), refresh=False)
+            bar.set_postfix_str(run.describe(run.running), refresh=False)
             bar.update()
             if result.steps % every == 0 or result.steps == steps:
                 run.validate(score, time.monotonic() - start)
                 run.save()
-                bar.set_postfix_str(run.describe(), refresh=False)
+                bar.set_postfix_str(run.describe(run.running), refresh=False)
                 if shown and bar.disable:
-                    print(f"step {result.steps} of {steps}: {run.describe()}", file=sys.stderr, flush=True)
+                    mean = result.records[-1][
+                        "train_loss_nats_per_dim"
+                    ]  # a log has the record's figure, the bar a running one
+                    text = run.describe(math.nan if mean is None else mean)
+                    print(f"step {result.steps} of {steps}: {text}", file=sys.stderr, flush=True)
         if run.stopped or stop.requested:
             result.interrupted = True
             run.save()
@@ -448,9 +453,8 @@ class _Run:
                 f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient (last loss {loss}){where}"
             )
 
-    def describe(self) -> str:
-        """The progress bar's figures."""
-        running = self.running
+    def describe(self, running: float) -> str:
+        """The progress bar's figures, for a training loss in nats per dim."""
         if self.diffusion.objective == "elbo":
             text = f"{running / math.log(2):.3f} bits/dim"
         else:
