@@ -32,6 +32,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import is_validation_enabled
@@ -304,13 +305,26 @@ def register(diffusion: GaussianDiffusion, module: nn.Module, prefix: str = "") 
     would never move. ``prefix`` says where in the diffusion the module sits. With ``module_local_params`` the parameters
     are the modules' alone, and there is nothing to do, unless ``SVI.step`` is looking for them.
     """
+    traces = [messenger.trace for messenger in _PYRO_STACK if isinstance(messenger, TraceMessenger)]
     asked = any(isinstance(messenger, TraceMessenger) and messenger.param_only for messenger in _PYRO_STACK)
     if pyro.settings.get("module_local_params") and not asked:
         return
     if diffusion not in _names:
         _names[diffusion] = f"diffusion_{next(_count)}"
+    # A message per tensor through the whole stack costs more than the rest of the program: those that Pyro's store holds
+    # already are handed to the traces, where nothing else on the way could act on a parameter.
+    direct = all(
+        type(m) in (TraceMessenger, pyro.plate) or (type(m) is ReplayMessenger and m.params is None)
+        for m in _PYRO_STACK
+    )
+    known = pyro.get_param_store()._params
     for name, parameter in module.named_parameters(prefix=_names[diffusion] + "$$$" + prefix):
-        if parameter.requires_grad and pyro.param(name, parameter)._cdata != parameter._cdata:
+        if not parameter.requires_grad:
+            continue
+        if direct and known.get(name) is parameter:
+            for trace in traces:
+                trace.add_node(name, type="param", name=name, value=parameter)
+        elif pyro.param(name, parameter)._cdata != parameter._cdata:
             remedy = (
                 "after an exchange such as load_state_dict(assign=True), call pyro.clear_param_store(), make a new SVI"
             )

@@ -25,8 +25,10 @@ import numpy as np
 import pyro.distributions as dist
 import pyro.infer
 import torch
+from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
+from pyro.poutine.util import is_validation_enabled, prune_subsample_sites
 from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.distributions.kl import _KL_REGISTRY
@@ -446,13 +448,26 @@ class TraceMeanField_ELBO(pyro.infer.TraceMeanField_ELBO):
     * no KL is registered for the very classes at a site (Pyro falls back to Monte Carlo, or takes a parent class's KL);
     * model and guide carry different scales or masks at a site (Pyro reads the guide's only).
 
-    Whatever Pyro's validation flag says, and under ``python -O``.
+    Whatever Pyro's validation flag says, and under ``python -O``. With that flag off it costs less than Pyro's own, which
+    computes every log-probability to add up KLs.
+
+    Attributes:
+        strict: False to trust programs that have been checked once.
     """
 
+    strict = True
+
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
-        # Past the parent's own check of the order, which warns where this one raises.
-        model_trace, guide_trace = pyro.infer.Trace_ELBO._get_trace(self, model, guide, args, kwargs)
-        check_mean_field(model_trace, guide_trace)
+        if is_validation_enabled() or isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
+            # Past the parent's own check of the order, which warns where this one raises.
+            model_trace, guide_trace = pyro.infer.Trace_ELBO._get_trace(self, model, guide, args, kwargs)
+        else:
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+            model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+            model_trace.compute_log_prob(lambda name, site: site["is_observed"])
+        if self.strict:
+            check_mean_field(model_trace, guide_trace)
         return model_trace, guide_trace
 
 

@@ -16,6 +16,7 @@ from test_sample import exact
 import pyrodiff
 from pyrodiff import CosineSchedule, GaussianDiffusion, LogLinearSchedule, timesteps
 from pyrodiff.errors import OptionError, ProgramError, ShapeError
+from pyrodiff.training.optim import JointOptim
 
 EVENT = (3,)
 
@@ -614,3 +615,71 @@ def test_autocast_leaves_probabilities_in_float32():
     assert {v.dtype for v in terms.values()} == {torch.float32}
     for name in ("x_T", "x_t", "x_s"):
         assert guide.nodes[name]["value"].dtype == torch.float32
+
+
+# ---------------------------------------------------------------------- the cost of a step
+
+
+def steps_of(diffusion, optim, elbo=None, count=4, state=None):
+    svi = SVI(diffusion.model, diffusion.guide, optim, elbo or StockMeanField())
+    for i in range(count):
+        torch.manual_seed(i)
+        svi.step(data(6), torch.tensor([1, 2, 3, 4, 1, 2]))
+    return [p.detach().clone() for p in diffusion.parameters()]
+
+
+def test_one_optimiser_for_all_takes_the_same_steps():
+    options = {"lr": 1e-2, "betas": (0.8, 0.9)}
+    apart = steps_of(make(), Adam(dict(options)))
+    joint = steps_of(make(), JointOptim(torch.optim.Adam, options))
+    for a, b in zip(apart, joint, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_state_of_the_one_optimiser_continues_a_run():
+    diffusion, optim = make(), JointOptim(torch.optim.Adam, {"lr": 1e-2})
+    steps_of(diffusion, optim, count=2)
+    resumed = JointOptim(torch.optim.Adam, {"lr": 1e-2})
+    resumed.set_state(copy.deepcopy(optim.get_state()))
+    before = copy.deepcopy(diffusion.state_dict())
+    once = steps_of(diffusion, optim, count=1)
+    diffusion.load_state_dict(before)
+    again = steps_of(diffusion, resumed, count=1)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    diffusion.load_state_dict(before)
+    fresh = steps_of(diffusion, JointOptim(torch.optim.Adam, {"lr": 1e-2}), count=1)
+    assert not torch.equal(once[0], fresh[0])
+
+
+def test_parameters_that_come_later_join():
+    optim, first, second = JointOptim(torch.optim.Adam, {"lr": 1e-2}), make(), make()
+    steps_of(first, optim)
+    before = copy.deepcopy(list(second.parameters()))
+    after = steps_of(second, optim)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_handlers_still_act_on_parameters_after_the_first_step():
+    """Later steps hand parameters straight to SVI, unless a handler on the way has a say in them."""
+    diffusion, x0, t = make(), data(6), torch.tensor([1, 2, 3, 4, 1, 2])
+    SVI(diffusion.model, diffusion.guide, Adam({"lr": 0.0}), StockMeanField()).step(x0, t)
+    for model, count in [
+        (diffusion.model, len(list(diffusion.parameters()))),
+        (poutine.block(diffusion.model, hide_types=["param"]), 0),
+    ]:
+        with poutine.trace(param_only=True) as found:
+            model(x0, t)
+        assert len(found.trace.nodes) == count
+
+
+def test_trusted_programs_give_the_same_loss_for_less():
+    diffusion, strict = make(bins=(17, -1.0, 1.0)), pyrodiff.TraceMeanField_ELBO()
+    x0, t = data(6), torch.tensor([1, 2, 3, 4, 1, 2])
+    losses = []
+    for validation in (True, False):
+        torch.manual_seed(0)
+        with pyro.validation_enabled(validation):
+            losses.append(strict.loss(diffusion.model, diffusion.guide, x0, t))
+    torch.manual_seed(0)
+    losses.append(StockMeanField().loss(diffusion.model, diffusion.guide, x0, t))
+    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-6)

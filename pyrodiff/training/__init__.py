@@ -1,1 +1,1 @@
-"""Training: data, the loop, averages of the weights, checkpoints."""
+"""Training: data, the loop, optimisers, averages of the weights, checkpoints."""

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from .. import timesteps as draws
 from .._tensor import check_event
 from ..diffusion import GaussianDiffusion
-from ..elbo import BitsPerDim, bits_per_dim, check_mean_field, elbo_terms, site_terms
+from ..elbo import BitsPerDim, TraceMeanField_ELBO, bits_per_dim, elbo_terms, site_terms
 from ..errors import CheckpointError, DataError, DivergenceError, OptionError, check_option
 from . import checkpoint
 from .ema import EMA
@@ -41,7 +41,7 @@ from .ema import EMA
 __all__ = ["Fit", "fit"]
 
 TIMESTEPS = ("low_discrepancy", "uniform", "importance")
-ELBOS = {"analytic": pyro.infer.TraceMeanField_ELBO, "monte_carlo": pyro.infer.Trace_ELBO}
+ELBOS = {"analytic": TraceMeanField_ELBO, "monte_carlo": pyro.infer.Trace_ELBO}
 CHECKED_STEPS = 3  # steps with Pyro's validation and the strict ELBO's checks on; the programs do not change after
 MAX_SKIPPED = 20  # non-finite steps in a row before giving up
 
@@ -424,9 +424,8 @@ class _Run:
 
     @contextlib.contextmanager
     def _checked(self) -> Iterator[None]:
-        strict = self.result.steps < CHECKED_STEPS
-        self.elbo.strict = strict and self.options["kl"] == "analytic"
-        with pyro.validation_enabled(strict), warnings.catch_warnings():
+        self.elbo.strict = self.result.steps < CHECKED_STEPS
+        with pyro.validation_enabled(self.elbo.strict), warnings.catch_warnings():
             # A step with non-finite numbers is left out and counted; distributions would raise, and Pyro warn three times.
             pyro.distributions.enable_validation(False)
             warnings.filterwarnings("ignore", "Encountered (NaN|[+]?inf)", UserWarning)
@@ -579,16 +578,13 @@ class _Run:
 
 
 def _recording(cls: Any) -> Any:
-    """A stock ELBO that keeps its last traces, and makes the strict one's checks while told to."""
+    """An ELBO that keeps its last traces; ``strict`` where it knows the word."""
 
     class Recording(cls):
-        strict = False
         traces: tuple[Any, Any] = (None, None)
 
         def _get_trace(self, *args: Any) -> tuple[Any, Any]:
             self.traces = super()._get_trace(*args)
-            if self.strict:
-                check_mean_field(*self.traces)
             return self.traces
 
     return Recording
