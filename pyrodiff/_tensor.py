@@ -43,7 +43,7 @@ def batch_dims(net: nn.Module, cond: dict[str, Any]) -> dict[str, int]:
     return {k: max(0, v.dim() - event_dims.get(k, 0)) for k, v in cond.items() if isinstance(v, Tensor)}
 
 
-def take_rows(net: nn.Module, cond: dict[str, Any], rows: slice, n: int) -> dict[str, Any]:
+def take_rows(net: nn.Module, cond: dict[str, Any], rows: slice | Tensor, n: int) -> dict[str, Any]:
     """Some of ``n`` examples' conditioning values; those without batch dim are everybody's.
 
     Raises:
