@@ -12,7 +12,9 @@ from .diffusion import GaussianDiffusion
 from .distributions import DiscretizedNormal
 from .elbo import ELBOTerms, RenyiELBO, TraceMeanField_ELBO, bits_per_dim, elbo_terms
 from .forward import ForwardProcess
-from .inference_data import to_datatree
+from .inference_data import compare_models, to_datatree
+from .laboratory.budget import estimate_elbo
+from .laboratory.compare import compare_estimators
 from .reverse import ReverseKernel
 from .sample import sample, trajectory
 from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, TableSchedule
@@ -34,9 +36,12 @@ __all__ = [
     "TraceMeanField_ELBO",
     "__version__",
     "bits_per_dim",
+    "compare_estimators",
+    "compare_models",
     "distributions",
     "elbo_terms",
     "errors",
+    "estimate_elbo",
     "fit",
     "load",
     "load_data",

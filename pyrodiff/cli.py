@@ -1,4 +1,4 @@
-"""The command: ``pyrodiff train | elbo | sample | info``.
+"""The command: ``pyrodiff train | elbo | compare | sample | info``.
 
 Every option of ``train`` is a field of one of the classes below, on the command line (``--net.width 64``) or in a YAML file
 (``--config run.yaml``); what a run ended up with is saved beside its results and starts the same run again.
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,15 +28,14 @@ from ._version import __version__
 from .diffusion import GaussianDiffusion
 from .elbo import bits_per_dim
 from .errors import CheckpointError, DataError, OptionError, PyrodiffError, check_option
+from .laboratory.budget import estimate_elbo
+from .laboratory.compare import compare_estimators
 from .report import ScoringOptions, bar, classes_of, data_range, report, score
 from .sample import sample as draw
 from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, Schedule
 from .training import checkpoint
 from .training.data import ImageData, load_data
 from .training.fit import check_device, fit
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["main"]
 
@@ -243,6 +242,8 @@ def elbo(
     images: int | None = None,
     data_dir: str | None = None,
     levels: int | None = None,
+    se: float | None = None,
+    over: str = "examples",
     seed: int = 0,
     device: str | None = None,
     progress: bool = True,
@@ -259,31 +260,78 @@ def elbo(
         images: score only the first so many.
         data_dir: where mnist and fashion-mnist lie.
         levels: number of levels of an integer array whose dtype does not tell.
+        se: only the total, to this standard error in bits/dim, with the fewest network evaluations.
+        over: what that standard error is over: examples (as drawn from a population) or noise (given these images).
         seed: of the noise.
         device: default cuda where there is one.
         progress: show a progress bar.
     """
-    check_option("split", split, ("train", "validation", "test"))
-    if images is not None and images < 1:
-        raise OptionError(f"images={images!r} is not at least 1")
-    if not 0 <= seed < 2**63:
-        raise OptionError(f"seed={seed!r} is not an integer in 0..2**63 - 1")
-    diffusion, loaded = _load(run, device), _run_data(run, data, data_dir, levels)
-    if loaded.bins != diffusion.reverse_kernel.bins:
-        kinds = [
-            "continuous" if b is None else f"on {b[0]} levels" for b in (loaded.bins, diffusion.reverse_kernel.bins)
-        ]
-        raise DataError(f"{loaded.name} is {kinds[0]}, the model {kinds[1]}: their bits/dim would mean nothing")
-    x0 = getattr(loaded, split)[:images]
-    labels = getattr(loaded, f"{split}_labels")
-    classes = classes_of(diffusion)
-    if classes is not None and labels is not None and int(labels.max()) >= classes:
-        raise DataError(f"{loaded.name} has label {int(labels.max())}, and the model {classes} classes")
-    cond = {"y": labels[: len(x0)]} if labels is not None and classes is not None else {}
+    check_option("over", over, ("examples", "noise"))
+    scored = _scored(run, data, split, images, data_dir, levels, seed, device)
+    print(f"{scored.about}, T = {scored.diffusion.steps}")
+    if se is not None:
+        options: Any = {"seed": seed, "progress": bar(progress), **scored.cond}
+        print(estimate_elbo(scored.diffusion, scored.x0, se, over, **options))
+        return
     torch.manual_seed(seed)
-    terms = score(diffusion, x0, cond, timesteps, repeats, chain, progress)
-    print(f"{loaded.description}; {len(x0)} images of the {split} split, T = {diffusion.steps}\n\n{terms}")
-    print(f"\n{terms.network_evaluations:,} network evaluations\n{bits_per_dim(terms)}")
+    terms = score(scored.diffusion, scored.x0, scored.cond, timesteps, repeats, chain, progress)
+    print(f"\n{terms}\n\n{terms.network_evaluations:,} network evaluations\n{bits_per_dim(terms)}")
+
+
+def compare(
+    run: str,
+    out: str | None = None,
+    data: str | None = None,
+    split: str = "test",
+    examples: int = 8,
+    repeats: int = 8,
+    steps: str | None = None,
+    timesteps: list[int] = [1, 16],  # noqa: B006  (read only; jsonargparse wants the default itself)
+    iwae: list[int] = [1, 4],  # noqa: B006
+    controls: bool = False,
+    gradients: int = 16,
+    se: float | None = None,
+    data_dir: str | None = None,
+    levels: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Compare ways of estimating a trained model's ELBO and its gradient: variance, bias, cost, efficiency.
+
+    Args:
+        run: a run's folder, or a model.safetensors.
+        out: folder for tables (CSV), pictures (PNG) and comparison.nc; default <run's folder>/comparison.
+        data: what to score; default the run's own data.
+        split: train, validation or test.
+        examples: images to compare on.
+        repeats: draws of every estimator that evaluates all timesteps.
+        steps: a respacing of the chain to compare on: 100, ddim50, 10,10,10, ...; default all steps.
+        timesteps: numbers of timesteps per draw to compare.
+        iwae: numbers of chains of importance-weighted bounds; K of them need 2 K repeats.
+        controls: add estimators known to be biased.
+        gradients: draws of every gradient; 0 for no gradients.
+        se: also estimate the bound of the whole split to this standard error, bits/dim.
+        data_dir: where mnist and fashion-mnist lie.
+        levels: number of levels of an integer array whose dtype does not tell.
+        seed: of everything.
+        device: default cuda where there is one.
+        progress: show progress bars.
+    """
+    if examples < 1:
+        raise OptionError(f"examples={examples!r} is not at least 1")
+    scored = _scored(run, data, split, None, data_dir, levels, seed, device)
+    diffusion = scored.diffusion if steps is None else scored.diffusion.respace(steps)
+    cond = {k: v[:examples] for k, v in scored.cond.items()}
+    pool = {} if se is None else {"pool": scored.x0, "se": se, "pool_cond": scored.cond}
+    options: Any = {"seed": seed, "progress": bar(progress), **pool, **cond}
+    found = compare_estimators(
+        diffusion, scored.x0[:examples], repeats=repeats, timesteps=timesteps, iwae=iwae, controls=controls,
+        gradients=gradients or None, **options,
+    )  # fmt: skip
+    print(f"{scored.about}\n{found}\n")
+    for path in found.save(_run_folder(run) / "comparison" if out is None else out):
+        print(path)
 
 
 def sample(
@@ -351,6 +399,45 @@ def info(run: str) -> None:
 
 
 # ---------------------------------------------------------------------- their parts
+
+
+class _Scored(NamedTuple):
+    diffusion: GaussianDiffusion
+    x0: Tensor
+    cond: dict[str, Tensor]
+    about: str
+
+
+def _scored(
+    run: str,
+    data: str | None,
+    split: str,
+    images: int | None,
+    data_dir: str | None,
+    levels: int | None,
+    seed: int,
+    device: str | None,
+) -> _Scored:
+    """A model, and images that its numbers mean something for, on its device."""
+    check_option("split", split, ("train", "validation", "test"))
+    if images is not None and images < 1:
+        raise OptionError(f"images={images!r} is not at least 1")
+    if not 0 <= seed < 2**63:
+        raise OptionError(f"seed={seed!r} is not an integer in 0..2**63 - 1")
+    diffusion, loaded = _load(run, device), _run_data(run, data, data_dir, levels)
+    if loaded.bins != diffusion.reverse_kernel.bins:
+        kinds = [
+            "continuous" if b is None else f"on {b[0]} levels" for b in (loaded.bins, diffusion.reverse_kernel.bins)
+        ]
+        raise DataError(f"{loaded.name} is {kinds[0]}, the model {kinds[1]}: their bits/dim would mean nothing")
+    x0 = getattr(loaded, split)[:images]
+    labels = getattr(loaded, f"{split}_labels")
+    classes = classes_of(diffusion)
+    if classes is not None and labels is not None and int(labels.max()) >= classes:
+        raise DataError(f"{loaded.name} has label {int(labels.max())}, and the model {classes} classes")
+    at = next(diffusion.parameters()).device
+    cond = {"y": labels[: len(x0)].to(at)} if labels is not None and classes is not None else {}
+    return _Scored(diffusion, x0.to(at), cond, f"{loaded.description}; {len(x0)} images of the {split} split")
 
 
 def _taken(folder: Path) -> bool:
@@ -447,7 +534,9 @@ class _Parser(ArgumentParser):
         raise OptionError(" ".join(message.split()))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"train": train, "elbo": elbo, "sample": sample, "info": info}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train, "elbo": elbo, "compare": compare, "sample": sample, "info": info,
+}  # fmt: skip
 
 
 def _parser() -> _Parser:

@@ -36,6 +36,7 @@ from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import Normal, TorchDistribution
+from pyro.ops.provenance import extract_provenance, track_provenance
 from torch import Tensor
 from torch.distributions import constraints, register_kl
 from torch.distributions.utils import broadcast_all
@@ -537,7 +538,9 @@ class DiscretizedNormal(TorchDistribution):
         is_highest = (x > self.high - half).expand(c.shape)
         inputs = (c, c_low, scale, is_lowest, is_highest, (head, half - head))
         if torch.is_grad_enabled() and (c.requires_grad or scale.requires_grad):
-            return _LogBinMass.apply(*inputs)[0]
+            # TraceGraph_ELBO marks tensors by a subclass that would lose the gradient in an autograd.Function.
+            plain, provenance = extract_provenance(inputs)
+            return track_provenance(_LogBinMass.apply(*plain)[0], provenance)
         return _Bin(*inputs).log_mass()
 
     def _tanh_log_prob(self, x: Tensor, loc: Tensor, scale: Tensor) -> Tensor:

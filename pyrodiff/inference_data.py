@@ -9,8 +9,10 @@ The tree is written with xarray alone. Both generations of ArviZ read it, from a
 
 Groups:
 
-* ``elbo``: the ledger of :func:`~pyrodiff.elbo_terms`, in nats, one draw per repeat.
-* ``log_likelihood``: the bound on :math:`\log p(x_0)` per datum, ``elbo``, never
+* ``elbo``: the ledger of :func:`~pyrodiff.elbo_terms`, in nats, one draw per repeat. Along chains a draw of the Monte Carlo
+  ``elbo`` is also a log importance weight, :math:`\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)`; only there does
+  ``log_weight`` stand beside it, the same numbers, so that what may be exponentiated has a name of its own.
+* ``log_likelihood``: the bound on :math:`\log p(x_0)` per datum, ``elbo``, and along chains ``iwae``; never
   :math:`\log p(x_0 \mid x_1)`. It is a score for one fitted network, with a single draw and without
   a ``posterior`` group, so that ``az.loo``, which would be wrong here, refuses it: there is no
   posterior over parameters to leave a datum out of, and over the latents
@@ -18,20 +20,30 @@ Groups:
 * ``observed_data``, ``constant_data``: the data scored, and the schedule.
 * ``prior_predictive``: unconditional samples.
 * ``trajectories``: paths of the sampler, noisiest state first.
+* tables, a group each, for example ``estimators``, ``timesteps`` and ``gradients``: a variable per column of numbers, a
+  coordinate per column of text, along ``row``.
+
+Several models are compared by their bounds on the same held-out data, with :func:`compare_models`.
 
 References:
     ArviZ InferenceData schema. https://python.arviz.org/en/stable/schema/schema.html
+    Importance Weighted Autoencoders (Burda et al., 2015), eq. 8. https://arxiv.org/abs/1509.00519
+    Using Stacking to Average Bayesian Predictive Distributions (Yao et al., 2018). https://arxiv.org/abs/1704.02030
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor
@@ -40,17 +52,24 @@ from ._tensor import check_event
 from ._version import __version__
 from .diffusion import GaussianDiffusion
 from .elbo import ELBOTerms
-from .errors import OptionError, ShapeError
+from .errors import DataError, OptionError, ShapeError, check_option
 from .schedules import Schedule
 
 if TYPE_CHECKING:  # 0.6 s that `import pyrodiff` should not take
+    import pandas
     import xarray
 
-__all__ = ["to_datatree", "write"]
+__all__ = ["compare_models", "replaced", "to_datatree", "write"]
 
 # HDF5 keeps attributes in an object header of 64 KiB.
 _MAX_ATTRIBUTE = 32_000
 _NATS = {"units": "nats"}
+# Of the columns of the laboratory's tables.
+_UNITS = {
+    **dict.fromkeys("kl mean se_noise se_examples bias bias_se norm same_noise".split(), "nats"),
+    **dict.fromkeys("variance variance_se variance_analytic variance_monte_carlo variance_examples".split(), "nats^2"),
+    **{"efficiency": "nats^-2 per network evaluation", "z": "standard errors", "seconds": "s"},
+}
 
 
 def to_datatree(
@@ -60,6 +79,8 @@ def to_datatree(
     x0: Tensor | None = None,
     samples: Tensor | None = None,
     trajectories: Tensor | None = None,
+    tables: Mapping[str, pandas.DataFrame] | None = None,
+    chain: bool = False,
     attrs: Mapping[str, Any] | None = None,
 ) -> xarray.DataTree:
     """Label the terms of the bound, and what belongs to them, with dims and coordinates.
@@ -77,6 +98,10 @@ def to_datatree(
         x0: the data that were scored, ``[B, *event]`` in model units.
         samples: unconditional samples, ``[N, *event]``.
         trajectories: what :func:`~pyrodiff.trajectory` returned, ``[K + 1, n, *event]``.
+        tables: tables by the name of their group, such as the laboratory's ``estimators``, ``timesteps`` and ``gradients``.
+            Missing numbers become NaN, missing text becomes "". ``tree[name].to_dataset().to_dataframe()`` gives one back.
+        chain: say that each draw of the terms is one chain x_T, ..., x_1 of the guide, as ``elbo_terms(chain=True)`` makes
+            them; the terms cannot tell. Adds ``log_weight``, and the importance-weighted bound ``iwae`` of all R chains.
         attrs: further attributes of the root, which replace ours; numbers and strings are kept,
             other values become JSON.
 
@@ -85,11 +110,14 @@ def to_datatree(
 
     Raises:
         ShapeError: a tensor does not fit the terms or the model.
-        OptionError: an attribute is no JSON, or longer than 32,000 characters.
+        OptionError: an attribute is no JSON, or longer than 32,000 characters; a table has the name of another group, or a
+            column of neither numbers nor text; ``chain`` for terms that do not have every timestep once.
     """
     import xarray
 
     groups = {"elbo": _elbo(terms, diffusion), "log_likelihood": _log_likelihood(terms)}
+    if chain:
+        _add_weights(terms, diffusion, groups["elbo"], groups["log_likelihood"])
     event = None if diffusion is None else diffusion.event_shape
     if samples is not None:
         _check("samples", samples, 1, event)
@@ -107,6 +135,10 @@ def to_datatree(
         if diffusion is not None and len(trajectories) == diffusion.steps + 1:
             paths = paths.assign_coords(timestep=("state", range(diffusion.steps, -1, -1)))
         groups["trajectories"] = paths
+    for name, table in (tables or {}).items():
+        if name in groups:
+            raise OptionError(f"a table cannot be named {name!r}: the tree has another group of that name")
+        groups[name] = _table(name, table)
     root = _root_attrs(terms, diffusion)
     for name, value in (attrs or {}).items():
         root[name] = _attribute(name, value)
@@ -125,13 +157,95 @@ def write(tree: xarray.DataTree, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the folder is missing, or cannot be written to.
     """
+    with replaced(path) as temporary:
+        tree.to_netcdf(temporary, engine="h5netcdf")
+
+
+@contextlib.contextmanager
+def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file beside ``path``, which takes its place when the block ends, and is deleted if the block fails."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        tree.to_netcdf(temporary, engine="h5netcdf")
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def compare_models(scores: Mapping[str, Tensor], *, bound: str = "elbo") -> pandas.DataFrame:
+    r"""Models by their bounds on the same held-out images, as ArviZ's comparison table, with paired standard errors.
+
+    The scores are bounds on :math:`\log p(x_0)` by fixed networks on data that they were not fitted to. Nothing is left out
+    and re-weighted: this is not PSIS-LOO, and the tighter of two bounds need not belong to the better of two models. Noise
+    of the scores themselves is in the standard errors, as it varies from image to image like the images do.
+
+    Args:
+        scores: model to bounds per image, ``[B]``, nats; the same images in the same order for each.
+        bound: ``"elbo"`` or ``"iwae"`` (of one K), the name of the column.
+
+    Returns:
+        A row for each model, best first, in nats over all B images, the same under either generation of ArviZ: ``rank``;
+        ``elbo`` or ``iwae``, the sum, and its standard error over images ``se``; ``elpd_diff``, the difference from the best
+        model, never above 0, and its paired standard error ``dse`` = :math:`\sqrt{B \operatorname{var}_i d_i}` with
+        :math:`d_i` the difference at image i; ``weight``, by stacking: the mixture :math:`\sum_k w_k p_k` of the models
+        with the highest bound :math:`\sum_i \log \sum_k w_k \exp(\mathrm{bound}_{ki})` on these images.
+
+    Raises:
+        OptionError: fewer than two models, or an unknown bound.
+        ShapeError: scores are not ``[B]`` with one B >= 2.
+        DataError: a score is not finite.
+    """
+    check_option("bound", bound, ("elbo", "iwae"))
+    if len(scores) < 2:
+        raise OptionError(f"{len(scores)} model is nothing to compare: give the scores of at least two")
+    found = {name: torch.as_tensor(score).detach().double().cpu() for name, score in scores.items()}
+    first = next(iter(found))
+    for name, score in found.items():
+        if score.dim() != 1 or len(score) < 2:
+            raise ShapeError(f"scores of {name!r} have shape {list(score.shape)}, not [B] with B >= 2")
+        if len(score) != len(found[first]):
+            raise ShapeError(
+                f"{name!r} has scores of {len(score)} images, {first!r} of {len(found[first])}; not the same images"
+            )
+        if not score.isfinite().all():
+            where = int((~score.isfinite()).nonzero()[0])
+            raise DataError(f"the score of {name!r} at image {where} is {float(score[where])}")
+    return _compare({name: _numpy(score) for name, score in found.items()}, bound)
+
+
+def _compare(scores: Mapping[str, np.ndarray], bound: str) -> pandas.DataFrame:
+    """ArviZ's table of scores per datum, float64 ``[B]``: of ELPDs computed before, which is how it takes foreign ones."""
+    import pandas
+    import xarray
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.0, once a day
+        import arviz as az
+    # Stacking takes exp of the scores, which is 0 below -745 nats. What a datum adds to every model's score changes neither
+    # differences nor weights.
+    best = np.max(list(scores.values()), axis=0)
+    newer = getattr(az, "ELPDDataLOO", None)  # 1.x
+    elpds: dict[str, Any] = {}
+    for name, score in scores.items():
+        per_datum = xarray.DataArray(score - best, dims="obs_id")
+        total, n = float(per_datum.sum()), len(score)
+        fields = {"se": math.nan, "n_samples": 1, "n_data_points": n, "warning": False, "scale": "log"}
+        if newer is not None:
+            elpds[name] = newer(elpd=total, p=math.nan, elpd_i=per_datum, good_k=math.nan, **fields)
+        else:
+            elpds[name] = az.ELPDData({"elpd_loo": total, "p_loo": math.nan, "loo_i": per_datum, **fields})
+    options: dict[str, Any] = {"round_to": "none"} if newer is not None else {"ic": "loo", "scale": "log"}
+    # The logarithm of 0 is right for a mixture without the one model that explains a datum.
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        warnings.simplefilter("ignore", DeprecationWarning)  # 0.23 uses what pandas 3 will drop
+        compared = az.compare(elpds, method="stacking", **options)
+    table = compared[["rank", "elpd_diff", "dse", "weight"]]
+    table = table.assign(elpd_diff=0.0 - table["elpd_diff"].abs())  # 0.23: best - model; 1.x: model - best
+    errors = {name: math.sqrt(len(score) * score.var()) for name, score in scores.items()}
+    table.insert(1, bound, pandas.Series({name: score.sum() for name, score in scores.items()}))
+    table.insert(2, "se", pandas.Series(errors))
+    return table
 
 
 def _elbo(terms: ELBOTerms, diffusion: GaussianDiffusion | None) -> xarray.Dataset:
@@ -193,6 +307,48 @@ def _log_likelihood(terms: ELBOTerms) -> xarray.Dataset:
     elbo = _numpy(terms.elbo)[None, None]
     coords = {"chain": [0], "draw": [0], "obs_id": range(elbo.shape[-1])}
     return xarray.Dataset({"elbo": (("chain", "draw", "obs_id"), elbo, about)}, coords)
+
+
+def _add_weights(
+    terms: ELBOTerms, diffusion: GaussianDiffusion | None, elbo: xarray.Dataset, log_likelihood: xarray.Dataset
+) -> None:
+    """The log importance weight of every chain, and the bound of all chains of an example."""
+    steps = terms.t.shape[-1] + 1 if diffusion is None else diffusion.steps
+    if not torch.equal(terms.t, torch.arange(2, steps + 1)) or not (terms.weights == 1).all():
+        raise OptionError(f"chain=True needs terms with every timestep 2..{steps} once and weights of 1")
+    log_weight = -terms.by("monte_carlo").parts()["total"]
+    about = {**_NATS, "long_name": "log p(x_0, ..., x_T) - log q(x_1, ..., x_T | x_0)"}
+    elbo["log_weight"] = (("chain", "draw", "obs_id"), _numpy(log_weight[None]), about)
+    repeats = len(log_weight)
+    iwae = torch.logsumexp(log_weight, 0) - math.log(repeats)
+    of_bound = {**log_likelihood["elbo"].attrs, "bound": "iwae", "kl": "monte_carlo", "K": repeats}
+    log_likelihood["iwae"] = (("chain", "draw", "obs_id"), _numpy(iwae)[None, None], of_bound)
+
+
+def _table(name: str, table: pandas.DataFrame) -> xarray.Dataset:
+    """Columns of numbers as variables, columns of text as coordinates, of dtypes that netCDF can hold."""
+    import pandas
+    import xarray
+
+    variables: dict[str, tuple[Any, ...]] = {}
+    coords: dict[str, Any] = {"row": range(len(table))}
+    for key, column in table.items():
+        column = column.infer_objects()
+        missing = column.isna()
+        present = column[~missing]
+        numeric = pandas.api.types.is_numeric_dtype(column)
+        if numeric and not missing.any():
+            values = column.to_numpy()
+        elif not numeric and all(isinstance(value, str) for value in present):
+            coords[str(key)] = ("row", column.where(~missing, "").to_numpy(dtype=str))
+            continue
+        elif all(isinstance(value, int | float | np.number) for value in present):
+            values = column.to_numpy(dtype=float, na_value=math.nan)
+        else:
+            raise OptionError(f"column {key!r} of table {name!r} holds neither numbers nor text alone")
+        about = {"units": _UNITS[key]} if key in _UNITS else {}
+        variables[str(key)] = ("row", values, about)
+    return xarray.Dataset(variables, coords)
 
 
 def _schedule(schedule: Schedule) -> xarray.Dataset:

@@ -1,4 +1,4 @@
-"""Pictures: the bound by timestep, grids of images, denoising paths, training curves.
+"""Pictures: the bound by timestep, grids of images, denoising paths, training curves, the laboratory's tables.
 
 Every function returns a :class:`matplotlib.figure.Figure` that no window or pyplot knows of, so
 that no display is needed and nothing has to be closed; :func:`save` writes it. Matplotlib is an
@@ -7,10 +7,11 @@ extra, ``pip install "pyrodiff[demo]"``, imported when a picture is asked for.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,20 +19,38 @@ from torch import Tensor
 
 from .elbo import KLS, BitsPerDim, ELBOTerms, Estimate, bits_per_dim
 from .errors import OptionError, ShapeError, check_option
+from .inference_data import replaced
 from .schedules import Schedule
 
 if TYPE_CHECKING:
+    import pandas
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["denoising", "elbo_by_timestep", "image_grid", "save", "training_curve"]
+__all__ = [
+    "denoising",
+    "elbo_by_timestep",
+    "estimators",
+    "gradients",
+    "image_grid",
+    "save",
+    "timesteps",
+    "training_curve",
+]
 
 DPI = 150
+PRINT_DPI = 300  # of the laboratory's pictures, which are as wide as a page's text
 # Of Okabe and Ito's palette, which readers with any common colour vision can tell apart.
 _COLOURS = {"analytic": "#0072B2", "monte_carlo": "#D55E00"}
 _TRAIN, _VALIDATION = "#0072B2", "#D55E00"
 _NAMES = {"analytic": "analytic KL", "monte_carlo": "Monte Carlo KL"}
 _MOST_BINS = 60
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_KL_COLOURS = {"analytic": "#0072B2", "k1": "#D55E00", "k2": "#CC79A7", "k3": "#009E73", "analytic + c N": "#56B4E9"}
+_MARKERS = "osD^vPX"
+_WIDTH = 6.5
+_NAME_WIDTH = 20
+_LINE, _SMALL = 0.13, 0.115  # inches: of a line of names, of small print
 
 
 def elbo_by_timestep(terms: ELBOTerms, schedule: Schedule, x: str = "timestep") -> Figure:
@@ -222,8 +241,170 @@ def training_curve(records: Iterable[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def estimators(values: pandas.DataFrame) -> Figure:
+    """Ways of estimating the bound side by side: efficiency, variance, and bias against its standard error.
+
+    A line for each estimator, in the table's order, those of one path together; coloured by KL, hollow where the estimator
+    does not claim to be unbiased. Whiskers of a variance are one standard error of its logarithm; the band of the bias is two.
+    What has no number is listed below, with the reason.
+
+    Args:
+        values: the laboratory's table of estimators: ``path``, ``kl``, ``target``, ``unbiased``, ``efficiency``, ``variance``,
+            ``variance_se``, ``z``, ``against``, ``reason``.
+
+    Raises:
+        OptionError: a column is missing, the table is empty, or matplotlib is not installed.
+    """
+    columns = "path kl target unbiased efficiency variance variance_se z against reason"
+    values = _checked("values", values, columns)
+    shown = values[values["variance"].notna()]
+    target = shown["target"].map(lambda name: "" if name == "elbo" else f", bounds {name}")
+    places, groups = _places(shown["path"] + target)
+    below = _small_print(values, ("path", "kl"))
+    figure = _figure(_WIDTH, 0.75 + _LINE * (max(places, default=0) + 2) + _SMALL * len(below), dpi=PRINT_DPI)
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=[1, 1, 0.9])
+    styles = [{"color": _KL_COLOURS.get(kl, "#E69F00" if kl.startswith("IWAE") else "#000000")} for kl in shown["kl"]]
+    for one, column in zip(axes, ("efficiency", "variance"), strict=False):
+        _log_axis(one, "x", shown[column])
+        _dots(one, places, shown, column, styles)
+    axes[0].set_xlabel("efficiency\n(1 / variance / evaluations)")
+    axes[1].set_xlabel("variance of one draw\n(nats², noise only)")
+    z = axes[2]
+    z.axvspan(-2, 2, color="0.85", linewidth=0, zorder=0)
+    z.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    most = max([4.0, *(abs(value) for value in shown["z"] if math.isfinite(value))])
+    z.set_xscale("symlog", linthresh=2, linscale=max(0.6, 0.25 * math.log10(most)))  # logarithmic beyond the band
+    far = max(10, 10 ** math.floor(math.log10(most)))
+    z.set_xticks([-far, -2, 0, 2, far], [f"{tick:g}".replace("-", "−") for tick in (-far, -2, 0, 2, far)])
+    z.minorticks_off()
+    z.set_xlim(-2 * most, 2 * most)
+    _dots(z, places, shown, "z", styles)
+    against = [name for name in dict.fromkeys(shown["against"]) if isinstance(name, str) and name]
+    wanting = f"against {', '.join(against)}" if against else "nothing to hold against"
+    z.set_xlabel("bias (standard errors)\n" + textwrap.fill(wanting, 24, max_lines=2, placeholder=" …"))
+    _name_lines(axes, places, groups, list(shown["kl"]))
+    figure.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=6.5)
+    return figure
+
+
+def timesteps(table: pandas.DataFrame, x: str = "timestep") -> Figure:
+    """The bound term by term: its KL, the variance of its two estimators, and the running share.
+
+    Args:
+        table: the laboratory's table of terms, in the bound's order: ``term``, ``t``, ``log_snr``, ``kl``, ``se_noise``,
+            ``variance_analytic``, ``variance_monte_carlo``, ``share``.
+        x: ``"timestep"`` or ``"log_snr"``.
+
+    Raises:
+        OptionError: ``x`` is unknown, a column is missing, the table is empty, or matplotlib is not installed.
+    """
+    check_option("x", x, ("timestep", "log_snr"))
+    table = _checked("table", table, "term t log_snr kl se_noise variance_analytic variance_monte_carlo share")
+    at, name = ("t", r"timestep $t$") if x == "timestep" else ("log_snr", r"$\log$ SNR at $t$")
+    table = table.assign(x=table[at].where(table[at].map(math.isfinite)))
+    steps, ends = table[table["term"] == "diffusion"], table[table["term"] != "diffusion"]
+    figure = _figure(_WIDTH, 2.5, dpi=PRINT_DPI)
+    left, middle, right = figure.subplots(1, 3)
+    blue = _COLOURS["analytic"]
+    style = {"linewidth": 1.2, "marker": "o" if len(steps) <= 40 else "", "markersize": 2.5}
+    left.plot(steps["x"], steps["kl"], color=blue, label="reverse step", **style)
+    low, high = steps["kl"] - steps["se_noise"], steps["kl"] + steps["se_noise"]
+    left.fill_between(steps["x"], low, high, color=blue, alpha=0.25, linewidth=0)
+    for end, marker in (("reconstruction", "s"), ("prior", "D")):
+        rows = ends[ends["term"] == end]
+        point = {"marker": marker, "linestyle": "", "markersize": 4, "markerfacecolor": "none"}
+        label = end if (rows["kl"] > 0).all() else f"{end} (below 0)"
+        left.plot(rows["x"], rows["kl"], color="black", label=label, **point)
+        for kl in KLS:
+            middle.plot(rows["x"], rows[f"variance_{kl}"], color=_COLOURS[kl], **point)
+    for kl, dashes in zip(KLS, ("-", "--"), strict=True):
+        label = _NAMES[kl].removesuffix(" KL")
+        middle.plot(steps["x"], steps[f"variance_{kl}"], dashes, color=_COLOURS[kl], label=label, **style)
+    _log_axis(left, "y", table["kl"])
+    _log_axis(middle, "y", [*table["variance_analytic"], *table["variance_monte_carlo"]])
+    right.axhline(100, color="0.6", linewidth=0.8, zorder=0)
+    right.plot(table["x"], 100 * table["share"].cumsum(), color=blue, **style)
+    titles = ("Term (nats)", "Variance of one draw (nats²)", "Running share of the bound (%)")
+    for axes, title in zip((left, middle, right), titles, strict=True):
+        axes.set(title=title, xlabel=name)
+        if axes is not right:
+            axes.legend(frameon=False)
+        if x == "timestep":
+            axes.locator_params(axis="x", integer=True, nbins=5)
+            pad = max(0.5, 0.03 * float(table["t"].max()))
+            axes.set_xlim(1 - pad, float(table["t"].max()) + pad)
+        else:
+            axes.invert_xaxis()
+        _plain(axes, 7)
+    sums = [f"{row.term} {row.kl:.3g} ± {row.se_noise:.1g}" for row in ends.itertuples()]
+    sums.insert(-1, f"reverse steps {steps['kl'].sum():.3g} ± {math.sqrt((steps['se_noise'] ** 2).sum()):.1g}")
+    figure.supxlabel(f"{', '.join(sums)} nats".replace("-", "−"), x=0.01, ha="left", fontsize=6.5)
+    return figure
+
+
+def gradients(table: pandas.DataFrame) -> Figure:
+    """Variance of estimators of the gradient, a row of panels for each parameter group.
+
+    Left, from one timestep, against the timestep; right, from whole chains: of the bound, of importance-weighted bounds, of
+    reverse samples. Estimators that agree lie on each other, the earlier ones larger. Hollow where an estimator does not claim
+    to be unbiased. What has no number is listed below, with the reason.
+
+    Args:
+        table: the laboratory's table of gradients: ``where`` (``"one timestep"``, or the name of a whole-chain question), ``t``,
+            ``group``, ``estimator``, ``unbiased``, ``variance``, ``reason``.
+
+    Raises:
+        OptionError: a column is missing, the table is empty, or matplotlib is not installed.
+    """
+    table = _checked("table", table, "where t group estimator unbiased variance reason")
+    shown = table[table["variance"].notna()]
+    names, step = list(dict.fromkeys(shown["estimator"])), shown["where"] == "one timestep"
+    styles: dict[str, dict[str, Any]] = {
+        name: {
+            "color": _PALETTE[i % len(_PALETTE)],
+            "marker": _MARKERS[(i + i // len(_PALETTE)) % len(_MARKERS)],  # no pair twice
+            "markersize": 2.5 + 4 * (1 - i / len(names)),
+            "linewidth": 0.8 + 1.5 * (1 - i / len(names)),
+        }
+        for i, name in enumerate(names)
+    }
+    below = _small_print(table, ("where", "estimator"))
+    groups = list(dict.fromkeys(shown["group"]))
+    chains = {group: shown[~step & (shown["group"] == group)] for group in groups}
+    lines = {group: _places(rows["where"]) for group, rows in chains.items()}
+    heights = [max(1.6, 0.65 + _LINE * max(places, default=0)) for places, _ in lines.values()]
+    height = 0.6 + 0.16 * math.ceil(len(names) / 2) + sum(heights) + _SMALL * len(below)
+    figure = _figure(_WIDTH, height, dpi=PRINT_DPI)
+    sides = [side for side, there in (("one timestep", step.any()), ("whole chains", (~step).any())) if there]
+    grid = figure.add_gridspec(max(1, len(groups)), max(1, len(sides)), height_ratios=heights or None)
+    for (i, group), (j, side) in itertools.product(enumerate(groups), enumerate(sides)):
+        axes = figure.add_subplot(grid[i, j])
+        if side == "one timestep":
+            by_t = shown[step & (shown["group"] == group)].sort_values("t")
+            for name, line in by_t.groupby("estimator", sort=False):
+                face = {} if line["unbiased"].all() else {"markerfacecolor": "white"}
+                axes.plot(line["t"], line["variance"], **styles[name] | face)
+            _log_axis(axes, "y", shown["variance"][step])
+            axes.locator_params(axis="x", integer=True)
+            axes.set(xlabel=r"timestep $t$", ylabel="variance")
+            _plain(axes, 7)
+        else:
+            rows, (places, blocks) = chains[group], lines[group]
+            _log_axis(axes, "x", shown["variance"][~step])
+            _dots(axes, places, rows, "variance", [styles[name] for name in rows["estimator"]])
+            axes.set_xlabel("variance")
+            _name_lines([axes], places, blocks, [""] * len(rows))
+        axes.set_title(f"{group}: {side}", loc="left", fontsize=8)
+    from matplotlib.lines import Line2D
+
+    keys = [Line2D([], [], **style) for style in styles.values()]
+    figure.legend(keys, names, loc="outside upper left", ncols=2, frameon=False, fontsize=7)
+    figure.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=6.5)
+    return figure
+
+
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG, 150 pixels per inch; a file under ``path`` is replaced at once, or left as it was.
+    """Write a figure as PNG, 150 pixels per inch, tables' 300; a file under ``path`` is replaced at once, or left as it was.
 
     The same figure gives the same bytes: no date or version is written.
 
@@ -234,13 +415,8 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the folder is missing, or cannot be written to.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi="figure", metadata={"Software": None})
 
 
 # ---------------------------------------------------------------------- the bound
@@ -354,6 +530,96 @@ def _reversed_legend(axes: Axes) -> tuple[list[Any], list[str]]:
     return handles[::-1], labels[::-1]
 
 
+# ---------------------------------------------------------------------- tables
+
+
+def _checked(name: str, table: pandas.DataFrame, columns: str) -> pandas.DataFrame:
+    missing = [column for column in columns.split() if column not in table.columns]
+    if missing or not len(table):
+        raise OptionError(f"{name} has no {'column ' + ', '.join(map(repr, missing)) if missing else 'rows'}")
+    return table
+
+
+def _small_print(table: pandas.DataFrame, names: Sequence[str]) -> list[str]:
+    """What hollow means, and why rows have no number, a sentence for each reason; wrapped to the width of a picture."""
+    reasons: dict[str, list[str]] = {}
+    for row in table[table["variance"].isna()].to_dict("records"):
+        reasons.setdefault(str(row["reason"]), []).append(", ".join(str(row[name]) for name in names))
+    lines = [f"No number: {'; '.join(dict.fromkeys(rows))}: {reason}." for reason, rows in reasons.items()]
+    lines.insert(0, "Hollow: biased by construction.")
+    return [part for line in lines for part in textwrap.wrap(line, 130, subsequent_indent="    ")]
+
+
+def _places(names: Iterable[str]) -> tuple[list[float], dict[str, tuple[float, float]]]:
+    """Where lines stand, those of one name together with a gap after them; and where each name starts and ends."""
+    names = list(names)
+    places, ends, y = [0.0] * len(names), {}, 0.0
+    for name in dict.fromkeys(names):
+        rows = [i for i, other in enumerate(names) if other == name]
+        height = max(len(rows), len(textwrap.wrap(name, _NAME_WIDTH)))
+        for i, row in enumerate(rows):
+            places[row] = y + (height - len(rows)) / 2 + i
+        ends[name] = (y, y + height - 1)
+        y += height + 0.5
+    return places, ends
+
+
+def _dots(
+    axes: Axes, places: Sequence[float], rows: pandas.DataFrame, column: str, styles: Sequence[Mapping[str, Any]]
+) -> None:
+    """A dot for each row. On a logarithmic axis zero and infinity are written at its end, and whiskers are of the logarithm."""
+    logarithmic = axes.get_xscale() == "log"
+    for y, style, row in zip(places, styles, rows.to_dict("records"), strict=True):
+        value, colour, se = float(row[column]), style["color"], row.get(f"{column}_se", math.nan)
+        if math.isfinite(value) and (value > 0 or not logarithmic):
+            face = colour if row["unbiased"] else "white"
+            axes.plot(value, y, **{"marker": "o", **style, "markersize": 3.5, "linestyle": "", "markerfacecolor": face})
+            if logarithmic and math.isfinite(se):
+                whisker = [value * math.exp(-se / value), value * math.exp(se / value)]
+                axes.plot(whisker, [y, y], color=colour, linewidth=0.9, zorder=1)
+        elif not math.isnan(value):
+            end, text, side = (1, "∞", "right") if value > 0 else (0, "0" if value == 0 else "below 0", "left")
+            frame: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+            axes.annotate(text, (end, y), (3 - 6 * end, 0), **frame, color=colour, fontsize=6.5, ha=side, va="center")
+
+
+def _name_lines(
+    panels: Sequence[Axes], places: Sequence[float], groups: Mapping[str, tuple[float, float]], names: Sequence[str]
+) -> None:
+    """Name every line left of the first panel, and every group left of its lines."""
+    for axes in panels:
+        for first, last in list(groups.values())[::2]:
+            axes.axhspan(first - 0.7, last + 0.7, color="0.96", linewidth=0, zorder=-1)
+        axes.set_ylim(max(places, default=0.0) + 0.9, -0.9)
+        axes.grid(axis="x", color="0.9", linewidth=0.5)
+        axes.set_axisbelow(True)
+        _plain(axes, 7)
+        axes.tick_params(axis="y", length=0, labelsize=6.5)
+    panels[0].set_yticks(places, names)
+    left = -9 - 3.5 * max((len(name) for name in names), default=0)  # points
+    frame: dict[str, Any] = {"xycoords": panels[0].get_yaxis_transform(), "textcoords": "offset points"}
+    style: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 6.5, "fontweight": "bold", "linespacing": 0.95}
+    for name, (first, last) in groups.items():
+        panels[0].annotate(textwrap.fill(name, _NAME_WIDTH), (0, (first + last) / 2), (left, 0), **frame, **style)
+
+
+def _log_axis(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> None:
+    """Make an axis logarithmic, from one power of ten to another, where there is anything to show on it."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    shown = [value for value in values if math.isfinite(value) and value > 0]
+    if not shown:
+        axes.set(**{f"{which}ticks": []})
+        return
+    low, high = math.log10(min(shown)), math.log10(max(shown))
+    pad = 0.05 + 0.03 * (high - low)
+    limits = 10.0 ** math.floor(low - pad), 10.0 ** math.ceil(high + pad)
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axes.set(**{f"{which}scale": "log", f"{which}lim": limits})
+    axis.set_major_locator(LogLocator(numticks=5))
+    axis.set_minor_formatter(NullFormatter())
+
+
 # ---------------------------------------------------------------------- images
 
 
@@ -427,25 +693,28 @@ def _mosaic(
 # ---------------------------------------------------------------------- figures
 
 
-def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+def _figure(
+    width: float, height: float, layout: Literal["constrained"] | None = "constrained", dpi: int = DPI
+) -> Figure:
     """An empty figure, in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise OptionError('pictures need matplotlib: pip install "pyrodiff[demo]"') from error
-    return Figure(figsize=(width, height), dpi=DPI, layout=layout)
+    return Figure(figsize=(width, height), dpi=dpi, layout=layout)
 
 
-def _plain(axes: Axes) -> None:
+def _plain(axes: Axes, size: float = 8) -> None:
+    """Without a box; tick labels of this size, in points, and names one larger."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    axes.title.set_fontsize(9)
+    axes.tick_params(labelsize=size)
+    axes.title.set_fontsize(size + 1)
     for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_fontsize(9)
+        label.set_fontsize(size + 1)
     legend = axes.get_legend()
     if legend is not None:
         for text in legend.get_texts():
-            text.set_fontsize(8)
+            text.set_fontsize(size)
 
 
 def _limit_to_typical(axes: Axes, values: list[float]) -> None:

@@ -26,14 +26,16 @@ ROWS = (
     ("reverse",),
     ("diffusion",),
     ("timesteps", "elbo", "sample", "likelihood"),
-    ("inference", "laboratory"),
+    ("inference",),
     ("training",),
-    ("interop", "inference_data", "plots", "report", "cli", "__main__"),
+    ("interop", "inference_data", "plots", "laboratory", "report", "cli", "__main__"),
 )
 POSITION = {name: (r, c) for r, row in enumerate(ROWS) for c, name in enumerate(row)}
 
 # Optional or slow to import, or both: only inside the functions that use them.
-LAZY = frozenset("arviz diffusers graphviz lightning lightning_fabric matplotlib pandas PIL sklearn torchdiffeq".split())
+LAZY = frozenset(
+    "arviz diffusers graphviz lightning lightning_fabric matplotlib pandas PIL sklearn torchdiffeq".split()
+)
 # These may be either: core dependencies that cost a noticeable part of a second.
 LAZY_OR_NOT = frozenset("h5netcdf jsonargparse safetensors tqdm xarray yaml".split())
 

@@ -15,7 +15,7 @@ def blocks():
 
 def test_the_readme_runs(capsys):
     code = blocks()
-    assert len(code) == 3
+    assert len(code) == 4
     scope = {}
     for block in code:
         exec(compile(block, str(README), "exec"), scope)
@@ -23,6 +23,7 @@ def test_the_readme_runs(capsys):
     assert scope["images"].shape == (16, 1, 8, 8)
     assert scope["draws"].shape == (3, 1, 1, 8, 8)
     assert scope["sevens"].shape == (2, 1, 8, 8)
+    assert scope["best"].efficiency.iloc[0] >= scope["best"].efficiency.iloc[1] > 0
     names = [n for n, s in scope["trace"].nodes.items() if n.startswith("x_")]
     assert names == [f"x_{t}" for t in range(10, 0, -1)]
 

@@ -91,7 +91,7 @@ def steps(
     q, p = diffusion.forward_process, diffusion.reverse_kernel
     if x_t is None:
         x_t = _sample(q.marginal(x0, t), noise)
-    law_of_x_s, law_of_x_0 = p.both(x_t, t, **cond)
+    law_of_x_s, law_of_x_0 = p.laws(p.predict(x_t, t, **cond), x_t, t)
     cost = -law_of_x_0.log_prob(x0).double().cpu()
     if law_of_x_s is None:
         return Terms(cost, cost)
