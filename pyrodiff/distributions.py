@@ -539,6 +539,7 @@ class DiscretizedNormal(TorchDistribution):
         inputs = (c, c_low, scale, is_lowest, is_highest, (head, half - head))
         if torch.is_grad_enabled() and (c.requires_grad or scale.requires_grad):
             # TraceGraph_ELBO marks tensors by a subclass that would lose the gradient in an autograd.Function.
+            plain: Any
             plain, provenance = extract_provenance(inputs)
             return track_provenance(_LogBinMass.apply(*plain)[0], provenance)
         return _Bin(*inputs).log_mass()
