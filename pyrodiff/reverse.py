@@ -44,7 +44,8 @@ COORDINATES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 }
 PREDICTIONS = (*COORDINATES, "previous")
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
-DECODERS = ("vdm", "learned", "openai")
+OPENAI_DECODERS = ("openai", "openai_tanh")
+DECODERS = ("vdm", "learned", *OPENAI_DECODERS)
 
 Bins = tuple[int, float, float]
 
@@ -72,7 +73,9 @@ class ReverseKernel(nn.Module):
             clamped to that range).
         decoder: scale of :math:`p(x_0 \mid x_1)`: ``"vdm"`` :math:`\sigma_1/\alpha_1`; ``"learned"``, one learned number
             (per element of a schedule that has several) that starts there; ``"openai"``, guided-diffusion's: the
-            posterior's variance at t = 2 for both fixed rules, the network's own for the learned ones (needs T >= 2).
+            posterior's variance at t = 2 for both fixed rules, the network's own for the learned ones (needs T >= 2);
+            ``"openai_tanh"``, that scale and its approximate Normal CDF as well (needs bins), to reproduce its bits/dim:
+            a floor under every probability makes them no bound for outliers.
         bins: ``(levels, low, high)`` of discrete data, low and high being the outermost values: the decoder is a
             :class:`~pyrodiff.DiscretizedNormal`. None: continuous data, the decoder is Normal.
         event_dim: number of event dims of x; None takes all dims of x_t beyond those of t.
@@ -97,8 +100,10 @@ class ReverseKernel(nn.Module):
         check_option("prediction", prediction, PREDICTIONS)
         check_option("variance", variance, VARIANCES)
         check_option("decoder", decoder, DECODERS)
-        if decoder == "openai" and schedule.steps < 2:
-            raise OptionError('decoder="openai" takes the posterior variance at t = 2: steps=1 has none')
+        if decoder in OPENAI_DECODERS and schedule.steps < 2:
+            raise OptionError(f'decoder="{decoder}" takes the posterior variance at t = 2: steps=1 has none')
+        if decoder == "openai_tanh" and bins is None:
+            raise OptionError('decoder="openai_tanh" approximates the probabilities of bins: bins=None has none')
         if bins is not None:
             levels, low, high = bins
             if not (isinstance(levels, int) and levels >= 2 and low < high):
@@ -139,13 +144,7 @@ class ReverseKernel(nn.Module):
             cond: passed to the network; batch dims broadcast with ``batch``.
         """
         t = self._as_steps(x_t, t)
-        predicted = self._predict(x_t, t, cond)
-        loc, scale = self._decoder_terms(predicted, x_t, t)
-        if self.schedule.steps > 1:
-            loc_s, scale_s = self._x_s_terms(predicted, x_t, t)
-            first = append_dims(t == 1, self._event_dim(x_t, t))
-            loc, scale = torch.where(first, loc, loc_s), torch.where(first, scale, scale_s)
-        return Gaussian(loc, scale).to_event(self._event_dim(x_t, t))
+        return self.law(self._predict(x_t, t, cond), x_t, t)
 
     def both(self, x_t: Tensor, t: int | Tensor, **cond: Tensor) -> tuple[TorchDistribution, TorchDistribution]:
         r"""The laws of :math:`x_{t-1}` and of :math:`x_0` (the decoder's), from one network call.
@@ -169,19 +168,30 @@ class ReverseKernel(nn.Module):
 
     def denoise(self, x_t: Tensor, t: int | Tensor, **cond: Tensor) -> Tensor:
         r""":math:`\hat x_0(x_t)`, the network's estimate of :math:`E[x_0 \mid x_t]`, ``[*batch, *event]``; clipped if asked."""
-        return self._clipped(self._predict(x_t, self._as_steps(x_t, t), cond).x0_hat)
+        return self.clipped(self._predict(x_t, self._as_steps(x_t, t), cond).x0_hat)
 
     def respace(self, spec: str | int | Sequence[int]) -> ReverseKernel:
         """The kernel of a shorter chain (see :meth:`~pyrodiff.schedules.Schedule.respace`), around the same network."""
         schedule = self.schedule.respace(spec)
-        if self.decoder == "openai" and schedule.steps < 2:
-            raise OptionError(f'decoder="openai" takes the posterior variance at t = 2: respacing to {spec!r} has none')
+        if self.decoder in OPENAI_DECODERS and schedule.steps < 2:
+            raise OptionError(
+                f'decoder="{self.decoder}" takes the posterior variance at t = 2: respacing to {spec!r} has none'
+            )
         kernel = copy.copy(self)
         kernel._modules = dict(self._modules)
         kernel.forward_process = ForwardProcess(schedule, self.forward_process.event_dim)
         return kernel
 
     # ------------------------------------------------------------------ their parts
+
+    def law(self, predicted: Prediction, x_t: Tensor, t: Tensor) -> TorchDistribution:
+        """The call's law of x_{t-1}, from a prediction made before."""
+        loc, scale = self._decoder_terms(predicted, x_t, t)
+        if self.schedule.steps > 1:
+            loc_s, scale_s = self._x_s_terms(predicted, x_t, t)
+            first = append_dims(t == 1, self._event_dim(x_t, t))
+            loc, scale = torch.where(first, loc, loc_s), torch.where(first, scale, scale_s)
+        return Gaussian(loc, scale).to_event(self._event_dim(x_t, t))
 
     def laws(self, predicted: Prediction, x_t: Tensor, t: Tensor) -> tuple[TorchDistribution | None, TorchDistribution]:
         """:meth:`both`, from a prediction made before; the first is None when T = 1."""
@@ -200,12 +210,12 @@ class ReverseKernel(nn.Module):
         _, a, b, small, large = self.forward_process.posterior_terms(x_t, t.clamp(min=2))
         mean = predicted.mean
         if mean is None:
-            mean = a * self._clipped(predicted.x0_hat) + b * x_t
+            mean = a * self.clipped(predicted.x0_hat) + b * x_t
         return mean, self._scale(small, large, predicted)
 
     def _decoder_terms(self, predicted: Prediction, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        loc = self._clipped(predicted.x0_hat) if predicted.mean is None else predicted.mean
-        if self.decoder != "openai":
+        loc = self.clipped(predicted.x0_hat) if predicted.mean is None else predicted.mean
+        if self.decoder not in OPENAI_DECODERS:
             learned = self.decoder == "learned"
             log_scale = self.log_scale if learned else -0.5 * self.schedule.log_snr(torch.ones_like(t))
             return loc, append_dims(log_scale.exp().to(loc.dtype), self._event_dim(x_t, t) - self.schedule.event_dim)
@@ -231,7 +241,8 @@ class ReverseKernel(nn.Module):
         if self.bins is None:
             return Gaussian(loc, scale).to_event(event_dim)
         levels, low, high = self.bins
-        return DiscretizedNormal(loc, scale, (high - low) / (levels - 1), low, high).to_event(event_dim)
+        cdf = "tanh" if self.decoder == "openai_tanh" else "exact"
+        return DiscretizedNormal(loc, scale, (high - low) / (levels - 1), low, high, cdf=cdf).to_event(event_dim)
 
     def check_grid(self, name: str, x: Tensor) -> None:
         """Raise :class:`~pyrodiff.errors.DataError` where ``x``, ``[N, *event]``, is off the grid of ``bins``."""
@@ -243,7 +254,8 @@ class ReverseKernel(nn.Module):
             bad = int((~on_grid).flatten(1).any(1).nonzero()[0])
             raise DataError(f"{name}[{bad}] has values off the grid of bins={self.bins} (levels, low, high)")
 
-    def _clipped(self, x0_hat: Tensor) -> Tensor:
+    def clipped(self, x0_hat: Tensor) -> Tensor:
+        """``x0_hat``, clamped to the data's range if the kernel clips."""
         if not self.clip:
             return x0_hat
         _, low, high = self.bins or (0, -1.0, 1.0)

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles import DDPM, LinearModel, MixtureDenoiser, hermite, linear_betas
+from oracles import DDPM, LinearModel, MixtureDenoiser, hermite
 
 from pyrodiff import GaussianDiffusion, TableSchedule
 from pyrodiff.errors import DataError, OptionError, ShapeError
@@ -25,6 +25,7 @@ UNIT = 2 * math.log(2)  # nats of one bit per dim
 MIXTURE = ([0.35, 0.65], [-0.7, 0.8], [0.3, 0.15])
 GAIN, BIAS = 0.02, -0.02
 NODES = 80
+Z = 4.89  # |z| that a standard normal exceeds once in a million
 
 
 class MixtureModel(LinearModel):
@@ -49,13 +50,13 @@ class MixtureModel(LinearModel):
         return np.dot(MIXTURE[0], at)
 
 
-DDPM_TABLES = DDPM(linear_betas(T))
+DDPM_TABLES = DDPM(np.linspace(2e-3, 0.12, T))  # short enough for a prior term that shows
 EXACT = MixtureModel(DDPM_TABLES)
 
 
-def diffusion(**options):
+def diffusion(ddpm=DDPM_TABLES):
     net = MixtureDenoiser(*MIXTURE, gain=GAIN, bias=BIAS)
-    return GaussianDiffusion(net, TableSchedule(DDPM_TABLES.beta), EVENT, prediction="x0", **options)
+    return GaussianDiffusion(net, TableSchedule(ddpm.beta), EVENT, prediction="x0")
 
 
 def pool(n, seed):
@@ -93,10 +94,9 @@ def test_a_step_is_drawn_c_p_times_on_average(c):
     torch.testing.assert_close(drawn, c * design.p, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("c", [1, 3])
-def test_an_estimate_is_unbiased_whatever_the_design(c):
-    """Offsets enumerated, noise by quadrature; the estimator's own path, control variate included."""
-    model, design, x0 = diffusion(), ragged(c), pool(3, 0)
+def expectation(c, estimate, with_prior=True):
+    """E Y for two images: offsets enumerated, noise by quadrature, on the estimator's own path."""
+    model, design, x0 = diffusion(), ragged(c), pool(2, 0)
     wiener = Wiener.of(model, pool(50, 1))
     u, weight = offsets(design)
     t = design.steps(u)  # [U, c]
@@ -106,16 +106,45 @@ def test_an_estimate_is_unbiased_whatever_the_design(c):
     every = torch.arange(1, T + 1).expand(len(eps), -1)  # a node is shared by all t: means of sums are sums of means
 
     def noise(shape):
-        assert shape == (len(eps) * T, *EVENT)
-        return eps.repeat_interleave(T, 0)
+        return eps.repeat_interleave(T, 0).reshape(shape)
 
-    for row in range(len(x0)):
-        with torch.no_grad():
+    found = []
+    with torch.no_grad():
+        priors = draws.prior(model, x0, torch.zeros_like)[1].analytic * with_prior
+        for row, prior in enumerate(priors):
             term, h = budget.terms(model, x0, torch.tensor(row), every, wiener, noise, batch_size=10**6)
-            prior = draws.prior(model, x0, torch.zeros_like)[1].analytic[row]
-        y = prior + design.estimate(t.expand(len(eps), -1, -1), term[:, t - 1], h[:, t - 1])  # [nodes, U]
-        exact = EXACT.nelbo(x0[row].numpy()).sum()
-        assert (node_weights @ y @ weight).item() == pytest.approx(exact, rel=2e-6)
+            y = prior + estimate(design, t.expand(len(eps), -1, -1), term[:, t - 1], h[:, t - 1])  # [nodes, U]
+            found.append((node_weights @ y @ weight).item())
+    return np.array(found), EXACT.nelbo(x0.numpy()).sum(-1)
+
+
+@pytest.mark.parametrize("c", [1, 3])
+def test_an_estimate_is_unbiased_whatever_the_design(c):
+    found, exact = expectation(c, Design.estimate)
+    np.testing.assert_allclose(found, exact, rtol=2e-6)
+
+
+def without_p(design, t, term, h):
+    return design._replace(p=torch.ones(T, dtype=F64)).estimate(t, term, h)
+
+
+def without_c(design, t, term, h):
+    return design.mean.sum() + design.c * (design.estimate(t, term, h) - design.mean.sum())
+
+
+def without_the_curve(design, t, term, h):
+    return design.estimate(t, term, h) - design.mean.sum()
+
+
+@pytest.mark.parametrize("wrong", [without_p, without_c, without_the_curve])
+def test_a_wrong_weight_is_noticed(wrong):
+    found, exact = expectation(3, wrong)
+    assert (np.abs(found / exact - 1) > 1e-2).all()
+
+
+def test_a_missing_prior_is_noticed():
+    found, exact = expectation(1, Design.estimate, with_prior=False)
+    assert (np.abs(found / exact - 1) > 1e-4).all()
 
 
 def test_the_control_variate_has_mean_0_and_follows_the_error_of_a_linear_denoiser():
@@ -140,6 +169,16 @@ def test_the_control_variate_has_mean_0_and_follows_the_error_of_a_linear_denois
             squares.append(weights @ h**2)
         assert torch.stack(found).min() > 1 - 1e-9  # correlation 1
         assert torch.stack(squares).mean() == pytest.approx(1, abs=0.35)  # of 50 images: near unit variance
+
+
+def test_the_whole_is_the_sum_of_all_three_terms():
+    """A chain too short to forget its data: the prior term is more than twenty standard errors."""
+    ddpm = DDPM(np.linspace(2e-3, 0.05, 20))
+    model, x0 = MixtureModel(ddpm), pool(100, 4)
+    found = estimate_elbo(diffusion(ddpm), x0, 0.005, "noise")
+    assert model.prior(x0.numpy()).sum(-1).mean() / UNIT > 20 * found.se_noise
+    exact = model.nelbo(x0.numpy()).sum(-1).mean() / UNIT
+    assert abs(found.mean - exact) < Z * found.se_noise
 
 
 # ---------------------------------------------------------------------- honest
@@ -171,7 +210,7 @@ def coverage(exact, over, repetitions, se, n):
     return {"examples": examples, "noise": noise}, np.array(reached)
 
 
-CASES = [("examples", 0.08, 1000), ("noise", 0.05, 300)]
+CASES = [("examples", 0.08, 3000), ("noise", 0.05, 300)]
 
 
 @pytest.mark.parametrize("over, se, n", CASES)
@@ -190,3 +229,111 @@ def test_intervals_cover_in_93_to_97_percent_of_1000(exact, over, se, n):
     for target in {"noise", over}:
         assert 0.93 <= found[target] <= 0.97, found
     assert 0.85 < reached.mean() < 1.05 and reached.std() < 0.15
+
+
+@pytest.mark.parametrize("df, quantile", [(2, 4.303), (5, 2.5706), (30, 2.0423), (1e9, 1.95996)])
+def test_quantiles_of_t(df, quantile):
+    assert t_quantile(df) == pytest.approx(quantile, rel=1e-2 if df < 5 else 2e-4)
+
+
+def test_what_is_reported_adds_up():
+    x0 = pool(3000, 5)
+    found = estimate_elbo(diffusion(), x0, 0.08)
+    grid = len(found.moments.t)
+    assert found.pilot_evaluations == 2 * 16 * grid
+    assert found.network_evaluations == found.pilot_evaluations + round(found.timesteps * found.images)
+    assert found.rows.unique().numel() == found.images  # each image at most once
+    assert found.probabilities.shape == (T,) and found.probabilities.sum().item() == pytest.approx(1)
+    assert found.interval() == found.interval("examples") and found.df_examples == found.images - 1
+    assert found.gain == found.loop_evaluations / found.network_evaluations
+    # the loop, by closed forms: variance between images and, from the pilot's few images, over noise
+    between = EXACT.nelbo(x0.numpy()[::4]).sum(-1).var() / UNIT**2
+    assert found.loop_evaluations > 0.5 * T * between / found.se_examples**2
+    assert found.noise_gain > 1 and found.noise_gain_limit > 1
+    assert "bits/dim" in str(found) and str(found).count("\n") == 1
+    every = estimate_elbo(diffusion(), x0[:200], 0.1, "noise")
+    assert sorted(every.rows.tolist()) == list(range(200)) and every.se_noise < 0.11
+
+
+def test_the_evaluations_counted_are_those_made():
+    class Counting(MixtureDenoiser):
+        rows = 0
+
+        def forward(self, x, log_snr):
+            self.rows += len(x)
+            return super().forward(x, log_snr)
+
+    model = diffusion()
+    model.reverse_kernel.net = Counting(*MIXTURE)
+    found = estimate_elbo(model, pool(3000, 5), 0.1)
+    assert model.reverse_kernel.net.rows == found.network_evaluations
+
+
+def test_same_seed_same_estimate_whatever_the_batch_and_no_global_randomness():
+    model, x0 = diffusion(), pool(3000, 6)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    a = estimate_elbo(model, x0, 0.1, seed=3)
+    b = estimate_elbo(model, x0, 0.1, seed=3, batch_size=37)
+    c = estimate_elbo(model, x0, 0.1, seed=4)
+    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+    assert (a.images, a.timesteps, a.network_evaluations) == (b.images, b.timesteps, b.network_evaluations)
+    assert a.mean == pytest.approx(b.mean, rel=1e-9) and torch.equal(a.rows, b.rows)
+    assert a.mean != c.mean and not torch.equal(a.rows, c.rows)
+
+
+def test_conditioning_goes_with_its_image():
+    """A network that answers with its label: terms are small where each image meets its own."""
+
+    class Told(torch.nn.Module):
+        @property
+        def cond_event_dims(self):
+            return {"y": 1}
+
+        def forward(self, x, log_snr, y):
+            return y
+
+    model = GaussianDiffusion(Told(), TableSchedule(DDPM_TABLES.beta), EVENT, prediction="x0")
+    x0 = pool(300, 8)
+    right = estimate_elbo(model, x0, 0.1, "noise", y=x0)
+    wrong = estimate_elbo(model, x0, 100.0, "noise", y=x0.roll(1, 0))
+    assert right.mean < -2 and wrong.mean > 10
+    assert right.se_noise < 1e-6  # nothing depends on the noise
+
+
+def test_a_pool_too_small_is_refused_with_what_it_reaches():
+    with pytest.raises(
+        DataError, match=r"^se=0.0001 takes about .* images .* the pool has 484 .* reach about 0\.\d+ bits/dim$"
+    ):
+        estimate_elbo(diffusion(), pool(500, 9), 1e-4)
+    x0 = pool(1000, 9)
+    reached = EXACT.nelbo(x0.numpy()).sum(-1).std() / UNIT / math.sqrt(984)
+    with pytest.raises(DataError, match="takes about"):  # by the first stage, not by the pilot
+        estimate_elbo(diffusion(), x0, 0.8 * reached)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"se": 0.0}, OptionError, "se=0.0"),
+        ({"se": math.nan}, OptionError, "se=nan"),
+        ({"over": "images"}, OptionError, "over='images' is not one of 'examples', 'noise'"),
+        ({"pilot": 3}, OptionError, "pilot=3 is not in 4..50"),
+        ({"pilot": 51}, OptionError, "pilot=51"),
+        ({"seed": -1}, OptionError, "seed=-1"),
+        ({"batch_size": 0}, OptionError, "batch_size=0"),
+        ({"x0": torch.zeros(2)}, ShapeError, r"x0 has shape \[2\]"),
+        ({"x0": torch.zeros(5, 2)}, ShapeError, "N >= 8"),
+        ({"x0": torch.zeros(100, 3)}, ShapeError, "x0 has shape"),
+        ({"x0": torch.full((100, 2), math.nan)}, DataError, "x0 holds NaN"),
+    ],
+)
+def test_bad_options_are_named_in_one_line(options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        estimate_elbo(**{"diffusion": diffusion(), "x0": pool(100, 0), "se": 0.1, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_an_interval_of_nothing_known():
+    found = estimate_elbo(diffusion(), pool(100, 0), 1.0, "noise")
+    with pytest.raises(OptionError, match="over='both'"):
+        found.interval("both")

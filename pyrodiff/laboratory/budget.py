@@ -19,9 +19,12 @@ Each image gets two independent Y, from which the two standard errors come, and 
 * ``se_noise``, from the differences between the two: the error about the mean of these very images.
 
 The sample shares neither images (over the population) nor noise with the pilot. It comes in two stages: the pilot sizes the
-first, a quarter, and the first the second, once. Sampling until the error looks small enough would favour samples that
-underestimate it. One look leaves the mean over all images of a pool unbiased, and about the population biased by the skewness
-over n, in units of the standard deviation: :math:`1/\sqrt n` of a standard error.
+first, a quarter, and the first sizes the second, once. Sampling until the error looks small enough would favour samples that
+underestimate it. The one look leaves the mean of given images unbiased, since their number is fixed; about the population the
+bias is at most the skewness of Y over :math:`\sqrt n` in standard errors, and intervals cover (``tests/test_budget.py``).
+
+The cost of se^2 is c (S^2 + V_c), S^2 between images and V_c of an image's estimate. With independent timesteps V_c = V_1 / c,
+so that c = 1 is the cheapest; systematic ones fall faster, but seldom by enough. c grows when the pool runs out of images.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 5. https://arxiv.org/abs/2006.11239
@@ -56,6 +59,7 @@ REPLICATES = 2  # independent estimates per image: the fewest from which an erro
 UNIFORM_SHARE = 0.05  # of p: no weight exceeds T / this, however wrong the pilot; costs at most so much of the variance
 MIN_PILOT = 4
 MIN_IMAGES = 64  # a t interval over fewer skewed values covers too little
+TINY = 1e-280  # against 0 / 0 where nothing varies
 HOPELESS = 4  # a pool this many times too small, by the pilot, is refused before the first stage
 FIRST_STAGE = 0.25  # of the sample: enough to measure its variance, little enough that the pilot's error does no harm
 
@@ -212,7 +216,8 @@ def estimate_elbo(
 
     Raises:
         OptionError: an option outside its set.
-        DataError: the pool is too small for ``se``.
+        ShapeError: images of another shape than the model's, or fewer than 8.
+        DataError: the pool is too small for ``se``, or holds values that are not the model's.
     """
     started, T = time.perf_counter(), diffusion.steps
     check_option("over", over, OVER)
@@ -229,6 +234,9 @@ def estimate_elbo(
         raise OptionError(
             f"seed={seed!r} is not in 0..2**63 - 1, or batch_size={batch_size!r} not >= 1, or T={T} not >= 2"
         )
+    diffusion.reverse_kernel.check_grid("x0", x0)
+    if not x0.isfinite().all():
+        raise DataError("x0 holds NaN or infinite values")
     choice, stream = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
     dtype = np.float64 if x0.dtype == torch.float64 else np.float32
     unit = diffusion.event_shape.numel() * math.log(2)
@@ -249,14 +257,14 @@ def estimate_elbo(
 
     with diffusion.evaluating(), torch.no_grad(), bar:
         grid = _grid(T)
-        prior = draws.prior(diffusion, x0, torch.zeros_like)[1].analytic
+        prior = torch.cat([draws.prior(diffusion, x, torch.zeros_like)[1].analytic for x in x0.split(batch_size)])
         at = grid.expand(REPLICATES, pilot, -1)
         plan = _Plan.of(T, grid, *evaluate(order[:pilot, None], at), prior[order[:pilot]])
         pool = order[pilot:] if over == "examples" else order
         size = partial(_size, over=over, target=(se * unit) ** 2, available=len(pool))
         n, c = size(plan)
         _check_size(n, len(pool), HOPELESS, se)
-        first = min(len(pool), max(MIN_IMAGES, math.ceil(FIRST_STAGE * min(n, len(pool)))))
+        first = min(len(pool), max(MIN_IMAGES // 2, math.ceil(FIRST_STAGE * min(n, len(pool)))))
         design = plan.design._replace(c=c)
         y = sample(pool[:first], design)
         n, more = size(plan.revised(y, c), spent=first, c_spent=c)
@@ -265,17 +273,16 @@ def estimate_elbo(
             y = torch.cat([y, sample(pool[first:n], design._replace(c=more))], 1)
     y = y / unit
     made = REPLICATES * (first * c + (n - first) * more)
-    per_image, noise_variance = y.mean(0), y.var(0) / REPLICATES
-    se_examples = per_image.std().item() / math.sqrt(n)
-    se_noise = math.sqrt(noise_variance.sum().item()) / n
+    per_image, given = y.mean(0), y.var(0) / REPLICATES
+    variance, noise_variance = per_image.var() / n + TINY, given.sum() / n**2 + TINY
     v = plan.noise / unit**2
-    between = max(0.0, n * (se_examples**2 - se_noise**2))
+    loop_variance = (n * (variance - noise_variance)).clamp(min=0) + v.sum()  # between images, and over noise
     return ELBOEstimate(
         mean=per_image.mean().item(),
-        se_examples=se_examples,
-        se_noise=se_noise,
+        se_examples=variance.sqrt().item(),
+        se_noise=noise_variance.sqrt().item(),
         df_examples=n - 1,
-        df_noise=2 * n * (noise_variance.mean() ** 2 / noise_variance.var()).item(),
+        df_noise=2 * n * ((given.mean() ** 2 + TINY) / (given.var() + TINY)).item(),
         se=se,
         over=over,
         rows=pool[:n],
@@ -284,8 +291,8 @@ def estimate_elbo(
         pilot_evaluations=at.numel(),
         probabilities=design.p,
         moments=plan.moments,
-        loop_evaluations=T * (between + v.sum().item()) / se_examples**2,
-        noise_gain=T * v.sum().item() / (se_noise**2 * made),
+        loop_evaluations=T * (loop_variance / variance).item(),
+        noise_gain=T * (v.sum() / (noise_variance * made)).item(),
         noise_gain_limit=T * (v.sum() / v.sqrt().sum() ** 2).item(),
         seconds=time.perf_counter() - started,
     )
@@ -362,10 +369,8 @@ class Wiener(NamedTuple):
         """From images ``[n, *event]``."""
         flat = x0.flatten(1).double().cpu()
         _, singular, axes = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
-        log_snr = (
-            diffusion.schedule.log_snr(torch.arange(1, diffusion.steps + 1, device=x0.device)).detach().double().cpu()
-        )
-        log_snr = log_snr.reshape(len(log_snr), -1).mean(1)
+        log_snr = diffusion.schedule.log_snr(torch.arange(1, diffusion.steps + 1, device=x0.device)).detach()
+        log_snr = log_snr.double().cpu().reshape(diffusion.steps, -1).mean(1)
         return cls(flat.mean(0), axes.T, singular**2 / (len(flat) - 1), log_snr)
 
     def __call__(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -377,7 +382,7 @@ class Wiener(NamedTuple):
         kept = signal / (signal + sigma2)  # k alpha
         square, cross = kept**2 * sigma2 / alpha2, (1 - kept) * kept * (sigma2 / alpha2).sqrt()
         h = (square * (e**2 - 1) - 2 * cross * z * e).sum(-1)
-        return h / (2 * square**2 + 4 * cross**2 * self.variances).sum(-1).clamp(min=1e-300).sqrt()
+        return h / (2 * square**2 + 4 * cross**2 * self.variances).sum(-1).clamp(min=TINY).sqrt()
 
 
 # ---------------------------------------------------------------------- planning
@@ -409,15 +414,18 @@ class _Plan(NamedTuple):
     @classmethod
     def of(cls, T: int, grid: Tensor, term: Tensor, h: Tensor, prior: Tensor) -> _Plan:
         """From the pilot's terms and control variates ``[R, M, G]``, and its images' prior terms ``[M]``."""
-        along = torch.from_numpy(
-            np.stack([np.interp(np.arange(1, T + 1), grid, e) for e in np.eye(len(grid))])
-        )  # [G, T]
+        every = np.arange(1, T + 1)
+        along = torch.from_numpy(np.stack([np.interp(every, grid, e) for e in np.eye(len(grid))]))  # [G, T]
+
+        def spread(variance: Tensor) -> Tensor:
+            """None is 0: what is interpolated is its logarithm."""
+            return variance.clamp(min=1e-8 * variance.max().item() + TINY)
 
         def interpolated(variance: Tensor) -> Tensor:
-            return (variance.clamp(min=1e-8 * variance.max().clamp(min=1e-300)).log() @ along).exp()
+            return (spread(variance).log() @ along).exp()
 
-        scale = term.var((0, 1)).sqrt().clamp(min=1e-300)
-        slope = ((term - term.mean((0, 1))) * h).mean((0, 1)) / h.square().mean((0, 1)).clamp(min=1e-300)
+        total = term.var((0, 1))
+        slope = ((term - term.mean((0, 1))) * h).mean((0, 1)) / (h.square().mean((0, 1)) + TINY)
         left = term - slope * h
         mean, residual = left.mean((0, 1)), left.var(0).mean(0)
         moments = Moments(
@@ -425,7 +433,7 @@ class _Plan(NamedTuple):
         )
         p = interpolated(left.var((0, 1))).sqrt()
         p = (1 - UNIFORM_SHARE) * p / p.sum() + UNIFORM_SHARE / T
-        design = Design(p, 1, mean @ along, (slope / scale) @ along * interpolated(scale**2).sqrt())
+        design = Design(p, 1, mean @ along, (slope / spread(total).sqrt()) @ along * interpolated(total).sqrt())
         curves = (left - mean) @ along
         images = torch.cov(curves.sum(-1) + prior)[0, 1].clamp(min=0).item()
         noise = (interpolated(residual) / p).sum().item()
@@ -483,7 +491,7 @@ def _between_offsets(design: Design, curves: Tensor) -> float:
         curves: the terms less the mean curve, ``[R, M, T]``; noise is not shared between the R = 2, so that their product
             has none.
     """
-    t = design.steps((torch.arange(32) + 0.5) / 32)
+    t = design.steps((torch.arange(32, dtype=torch.float64) + 0.5) / 32)
     a, b = (curves[..., t - 1] / (design.c * design.p[t - 1])).sum(-1)
     return ((a * b).mean(-1) - a.mean(-1) * b.mean(-1)).mean().clamp(min=0).item()
 
@@ -497,7 +505,7 @@ def _counts(largest: float = math.inf) -> Iterator[int]:
 
 
 def t_quantile(df: float) -> float:
-    """The 97.5 % quantile of Student's t, to 1 % from 2 degrees of freedom on, to 1e-4 from 5.
+    """The 97.5 % quantile of Student's t, to 1 % from 2 degrees of freedom on, to 2e-4 from 5.
 
     References:
         Handbook of Mathematical Functions (Abramowitz and Stegun, 1964), 26.7.5.

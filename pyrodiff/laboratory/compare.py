@@ -203,5 +203,11 @@ def _ledger(diffusion: GaussianDiffusion, chains: Draws) -> ELBOTerms:
 
 
 def _text(table: pandas.DataFrame, columns: Sequence[str]) -> str:
-    shown = table[[c for c in columns if c in table.columns]]
-    return str(shown.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="", justify="left"))
+    """The rows that have numbers, and below them why the others have none."""
+    has = table["variance"].notna()
+    shown = table.loc[has, [c for c in columns if c in table.columns]]
+    lines = [str(shown.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep=""))]
+    for reason, rows in table[~has].groupby("reason", sort=False):
+        names = rows[[c for c in ("path", "kl", "where", "estimator") if c in table.columns]].drop_duplicates()
+        lines.append(f"no number: {'; '.join(', '.join(row) for row in names.itertuples(index=False))}: {reason}")
+    return "\n".join(lines)

@@ -42,16 +42,18 @@ def log_snr_features(log_snr: Tensor, features: int) -> Tensor:
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
-def index_features(index: Tensor, features: int) -> Tensor:
+def index_features(index: Tensor, features: int, shift: float = 0.0) -> Tensor:
     """Return the sinusoids of a timestep index that guided-diffusion's networks were trained with.
 
-    The wavelengths are 2 pi to 20000 pi steps, as in "Attention Is All You Need" (Vaswani et al.,
+    The wavelengths are 2 pi to (nearly, without ``shift`` 1) 20000 pi steps, as in "Attention Is All You Need" (Vaswani et al.,
     2017), https://arxiv.org/abs/1706.03762, and "Denoising Diffusion Probabilistic Models" (Ho et
     al., 2020), https://arxiv.org/abs/2006.11239.
 
     Args:
         index: real or integer tensor of shape [N], in steps.
         features: number of features, even.
+        shift: frequency i is ``10000 ** (-i / (features / 2 - shift))``: 0 in guided-diffusion,
+            1 in the networks of Ho et al.
 
     Returns:
         Float32 tensor of shape [N, features]: cosines, then sines.
@@ -60,7 +62,7 @@ def index_features(index: Tensor, features: int) -> Tensor:
     # Float32 throughout, as the published networks saw it: at index 1000 a more precise phase
     # would differ from theirs by up to 1e-4.
     steps = torch.arange(half, dtype=torch.float32, device=index.device)
-    frequencies = torch.exp(-math.log(10000.0) * steps / half)
+    frequencies = torch.exp(-math.log(10000.0) * steps / (half - shift))
     phase = index.float()[:, None] * frequencies
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
@@ -96,11 +98,13 @@ class ConditionEmbedding(nn.Module):
         features: number of sinusoidal features, even.
         width: size of the embedding.
         classes: number of class labels, or None for a network without labels.
-        time_embedding: ``"sinusoidal"`` (of the log-SNR) or ``"index"`` (of a step index).
-        log_snr_table: for ``"index"``: the log-SNR of each step of the network's own chain, least
-            noisy first; entry i is the network's index ``i * index_step``. None: the network can
-            only be called with ``index=``.
-        index_step: for ``"index"``: distance of neighbouring entries of the table.
+        time_embedding: ``"sinusoidal"`` (of the log-SNR), ``"index"`` (of a step index) or
+            ``"learned"`` (a row of features per step, parameters).
+        log_snr_table: for ``"index"`` and ``"learned"``: the log-SNR of each step of the network's
+            own chain, least noisy first; entry i is the network's index ``i * index_step``. None:
+            the network can only be called with ``index=``.
+        index_step: for ``"index"`` and ``"learned"``: distance of neighbouring entries of the table.
+        index_shift: for ``"index"``: see :func:`index_features`.
 
     Raises:
         OptionError: an argument is outside its range.
@@ -115,19 +119,25 @@ class ConditionEmbedding(nn.Module):
         time_embedding: str = "sinusoidal",
         log_snr_table: Sequence[float] | None = None,
         index_step: float = 1.0,
+        index_shift: float = 0.0,
     ) -> None:
         super().__init__()
-        check_option("time_embedding", time_embedding, ("sinusoidal", "index"))
+        check_option("time_embedding", time_embedding, ("sinusoidal", "index", "learned"))
         if features < 2 or features % 2:
             raise OptionError(f"width={features} is not a positive even number")
         if classes is not None and classes < 1:
             raise OptionError(f"classes={classes} is not a positive number or None")
-        if log_snr_table is not None and time_embedding != "index":
+        if log_snr_table is not None and time_embedding == "sinusoidal":
             raise OptionError(f"log_snr_table needs time_embedding='index', not {time_embedding!r}")
+        if log_snr_table is None and time_embedding == "learned":
+            raise OptionError("time_embedding='learned' needs a log_snr_table: it has a row per entry")
+        if not index_shift < features // 2:
+            raise OptionError(f"index_shift={index_shift} is not below half of width={features}")
         self.features = features
         self.classes = classes
         self.time_embedding = time_embedding
         self.index_step = index_step
+        self.index_shift = index_shift
         self.hidden = nn.Linear(features, width)
         self.output = nn.Linear(width, width)
         self.label = None if classes is None else nn.Embedding(classes, width)
@@ -139,6 +149,7 @@ class ConditionEmbedding(nn.Module):
             if len(table) < 2 or not bool((table[1:] < table[:-1]).all() & table.isfinite().all()):
                 raise OptionError("log_snr_table is not a strictly decreasing list of 2 or more finite numbers")
             self._table = self._table_on(self.hidden.weight.device)
+        self.rows = nn.Embedding(len(self._log_snrs), features) if time_embedding == "learned" else None
 
     def _table_on(self, device: torch.device) -> Tensor:
         if self._table is None or self._table.device != device:
@@ -156,12 +167,12 @@ class ConditionEmbedding(nn.Module):
 
     def _time_features(self, x: Tensor, log_snr: Tensor | None, index: Tensor | None) -> Tensor:
         if index is not None:
-            if self.time_embedding != "index":
+            if self.time_embedding == "sinusoidal":
                 raise OptionError(f"index= needs time_embedding='index', not {self.time_embedding!r}")
             if log_snr is not None:
                 raise OptionError("log_snr and index= are both given: give one")
             _check_per_example("index", index, x)
-            return index_features(index, self.features)
+            return self._index_features(index)
         if log_snr is None:
             raise OptionError("log_snr is missing")
         _check_per_example("log_snr", log_snr, x)
@@ -171,8 +182,16 @@ class ConditionEmbedding(nn.Module):
             return log_snr_features(log_snr, self.features)
         if not self._log_snrs:
             raise OptionError("log_snr cannot be used without a log_snr_table: give index=")
-        index = self.index_step * interpolate_index(log_snr, self._table_on(log_snr.device))
-        return index_features(index, self.features)
+        return self._index_features(self.index_step * interpolate_index(log_snr, self._table_on(log_snr.device)))
+
+    def _index_features(self, index: Tensor) -> Tensor:
+        if self.rows is None:
+            return index_features(index, self.features, self.index_shift)
+        position = index / self.index_step
+        lower = position.floor().long()
+        upper = (lower + 1).clamp(max=self.rows.num_embeddings - 1)
+        rows = self.rows(lower)
+        return torch.lerp(rows, self.rows(upper), (position - lower).to(rows.dtype)[:, None])
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -26,11 +27,18 @@ _AVERAGE_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def convolution(
-    dims: int, channels: int, out_channels: int, kernel: int = 3, stride: int | tuple[int, ...] = 1
+    dims: int,
+    channels: int,
+    out_channels: int,
+    kernel: int = 3,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | None = None,
 ) -> nn.Module:
-    """Return a convolution over ``dims`` axes that keeps their sizes at stride 1."""
+    """Return a convolution over ``dims`` axes; the default padding keeps their sizes at stride 1."""
     layer: Any = _CONVOLUTIONS[dims]  # each wants tuples of its own length, which we know
-    return cast(nn.Module, layer(channels, out_channels, kernel, stride, kernel // 2))
+    return cast(
+        nn.Module, layer(channels, out_channels, kernel, stride, kernel // 2 if padding is None else padding)
+    )
 
 
 def zero_parameters(module: nn.Module) -> nn.Module:
@@ -47,14 +55,24 @@ def zero_parameters(module: nn.Module) -> nn.Module:
 class GroupNorm(nn.GroupNorm):
     """Group normalisation in float32 or better.
 
-    There are 32 groups where they divide ``channels``, as in the published networks. Otherwise as
-    many as leave four channels or more in a group: a group of one channel would normalise away
-    whatever was added to the whole channel, the embedding of the noise level included.
+    Args:
+        channels: number of channels.
+        groups: number of groups. None: 32 where they divide ``channels``, as in the published
+            networks. Otherwise as many as leave four channels or more in a group: a group of one
+            channel would normalise away whatever was added to the whole channel, the embedding of
+            the noise level included.
+        eps: added to the variance.
+
+    Raises:
+        OptionError: ``groups`` does not divide ``channels``.
     """
 
-    def __init__(self, channels: int) -> None:
-        groups = 32 if channels % 32 == 0 else max(1, math.gcd(32, channels) // 4)
-        super().__init__(groups, channels)
+    def __init__(self, channels: int, groups: int | None = None, eps: float = 1e-5) -> None:
+        if groups is None:
+            groups = 32 if channels % 32 == 0 else max(1, math.gcd(32, channels) // 4)
+        if groups < 1 or channels % groups:
+            raise OptionError(f"norm_groups={groups} does not divide {channels} channels")
+        super().__init__(groups, channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``, a tensor of shape [N, C, *size]."""
@@ -72,18 +90,23 @@ class Downsample(nn.Module):
         dims: number of axes beyond the channels.
         axes: how many of them, counted from the last, are halved.
         learned: strided convolution rather than averaging.
+        padding: where the convolution pads a halved axis, ``"both"`` ends or only ``"after"`` it:
+            the first output then looks at inputs 0, 1, 2 and not at -1, 0, 1.
     """
 
-    def __init__(self, channels: int, *, dims: int, axes: int, learned: bool) -> None:
+    def __init__(self, channels: int, *, dims: int, axes: int, learned: bool, padding: str = "both") -> None:
         super().__init__()
         self.dims = dims
         self.stride = (1,) * (dims - axes) + (2,) * axes
-        self.conv = convolution(dims, channels, channels, stride=self.stride) if learned else None
+        # F.pad counts from the last axis.
+        self.pad = None if padding == "both" else (0, 1) * axes + (1, 1) * (dims - axes)
+        own = None if self.pad is None else 0
+        self.conv = convolution(dims, channels, channels, stride=self.stride, padding=own) if learned else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """Map [N, C, *size] to [N, C, *size / 2]; ``embedding`` is not used."""
         if self.conv is not None:
-            return self.conv(x)
+            return self.conv(x if self.pad is None else F.pad(x, self.pad))
         return _AVERAGE_POOLS[self.dims](x, self.stride)
 
 
@@ -124,6 +147,7 @@ class ResidualBlock(nn.Module):
         dropout: probability of dropping an activation before the second convolution.
         scale_shift: see above.
         resample: a parameter-free change of resolution applied to both branches, or None.
+        norm: makes a normalisation of so many channels.
     """
 
     def __init__(
@@ -136,15 +160,16 @@ class ResidualBlock(nn.Module):
         dropout: float = 0.0,
         scale_shift: bool = True,
         resample: Downsample | Upsample | None = None,
+        norm: Callable[[int], nn.Module] = GroupNorm,
     ) -> None:
         super().__init__()
         self.dims = dims
         self.scale_shift = scale_shift
         self.resample = resample
-        self.norm_in = GroupNorm(channels)
+        self.norm_in = norm(channels)
         self.conv_in = convolution(dims, channels, out_channels)
         self.embedding = nn.Linear(embedding, 2 * out_channels if scale_shift else out_channels)
-        self.norm_out = GroupNorm(out_channels)
+        self.norm_out = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zero_parameters(convolution(dims, out_channels, out_channels))
         self.skip = None if channels == out_channels else convolution(dims, channels, out_channels, 1)
@@ -189,18 +214,26 @@ class Attention(nn.Module):
         order: how the output channels of the joint projection are laid out: ``"qkv_first"``, all
             queries, all keys, all values; or ``"heads_first"``, queries, keys and values of the
             first head, then of the second, and so on.
+        norm: makes a normalisation of so many channels.
 
     Raises:
         OptionError: ``heads`` does not divide ``channels``.
     """
 
-    def __init__(self, channels: int, heads: int, *, order: str = "qkv_first") -> None:
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        order: str = "qkv_first",
+        norm: Callable[[int], nn.Module] = GroupNorm,
+    ) -> None:
         super().__init__()
         if heads < 1 or channels % heads:
             raise OptionError(f"{heads} attention heads do not divide {channels} channels")
         self.heads = heads
         self.order = order
-        self.norm = GroupNorm(channels)
+        self.norm = norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero_parameters(nn.Linear(channels, channels))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -53,8 +54,7 @@ class UNet(nn.Module):
     """A residual UNet with attention, for 1-, 2- or 3-dimensional signals.
 
     The architecture is that of "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal &
-    Nichol, 2021), https://arxiv.org/abs/2105.05233. A fresh network returns 0. The middle block
-    always has attention.
+    Nichol, 2021), https://arxiv.org/abs/2105.05233. A fresh network returns 0.
 
     The network does not fix the size of its input; each resampled axis must be divisible by
     ``2 ** (len(multipliers) - 1)``. Under autocast the output is in the autocast's dtype: the
@@ -90,12 +90,24 @@ class UNet(nn.Module):
             channels. They let a likelihood model see the fine detail of its input: "Variational
             Diffusion Models" (Kingma et al., 2021), https://arxiv.org/abs/2107.00630, uses (7, 8)
             for data in [-1, 1].
-        time_embedding: ``"sinusoidal"``: of the log-SNR; ``"index"``: of a step index, for
+        low_res_channels: channels of a smaller image that the network is given as ``low_res=``
+            ([N, C', *smaller size]); it is enlarged by linear interpolation and joins the input. 0:
+            none.
+        norm_groups: groups of every normalisation; None: 32 where they divide the channels, fewer
+            elsewhere.
+        norm_eps: what every normalisation adds to the variance.
+        middle_attention: attention of the middle block: ``"normalised"``, as everywhere else,
+            ``"plain"``, without the normalisation before it, or ``"none"``. The last two are for
             weights trained elsewhere.
-        log_snr_table: for ``"index"``: the log-SNR of each step of the network's own chain, least
+        downsample_padding: for ``resample="conv"``: where the convolution pads, at ``"both"`` ends
+            of an axis or only ``"after"`` it; for weights trained elsewhere.
+        time_embedding: ``"sinusoidal"``: of the log-SNR; for weights trained elsewhere ``"index"``:
+            of a step index, or ``"learned"``: a row of parameters for each entry of the table.
+        log_snr_table: for ``"index"`` and ``"learned"``: the log-SNR of each step of the network's own chain, least
             noisy first; entry i is the network's index ``i * index_step``. Log-SNRs between
             entries are interpolated, those outside clamped. None: call with ``index=`` only.
-        index_step: for ``"index"``: see above.
+        index_step: for ``"index"`` and ``"learned"``: see above.
+        index_shift: for ``"index"``: frequency i is ``10000 ** (-i / (width / 2 - index_shift))``.
         checkpointing: recompute activations in the backward pass to save memory.
 
     Attributes:
@@ -128,9 +140,15 @@ class UNet(nn.Module):
         resample: str = "residual",
         dropout: float = 0.0,
         fourier_features: Sequence[int] = (),
+        low_res_channels: int = 0,
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        middle_attention: str = "normalised",
+        downsample_padding: str = "both",
         time_embedding: str = "sinusoidal",
         log_snr_table: Sequence[float] | None = None,
         index_step: float = 1.0,
+        index_shift: float = 0.0,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -152,9 +170,15 @@ class UNet(nn.Module):
             "resample": resample,
             "dropout": dropout,
             "fourier_features": list(fourier_features),
+            "low_res_channels": low_res_channels,
+            "norm_groups": norm_groups,
+            "norm_eps": norm_eps,
+            "middle_attention": middle_attention,
+            "downsample_padding": downsample_padding,
             "time_embedding": time_embedding,
             "log_snr_table": None if log_snr_table is None else list(map(float, log_snr_table)),
             "index_step": index_step,
+            "index_shift": index_shift,
             "checkpointing": checkpointing,
         }
         if dims not in (1, 2, 3):
@@ -164,6 +188,8 @@ class UNet(nn.Module):
             raise OptionError(f"resample_axes={axes} is not between 1 and dims={dims}")
         check_option("attention_order", attention_order, ("qkv_first", "heads_first"))
         check_option("resample", resample, ("residual", "conv", "fixed"))
+        check_option("middle_attention", middle_attention, ("normalised", "plain", "none"))
+        check_option("downsample_padding", downsample_padding, ("both", "after"))
         for name, value in (
             ("channels", channels),
             ("out_channels", 1 if out_channels is None else out_channels),
@@ -172,6 +198,10 @@ class UNet(nn.Module):
         ):
             if value < 1:
                 raise OptionError(f"{name}={value} is not positive")
+        if low_res_channels < 0:
+            raise OptionError(f"low_res_channels={low_res_channels} is negative")
+        if not norm_eps > 0:
+            raise OptionError(f"norm_eps={norm_eps} is not positive")
         if not 0 <= dropout < 1:
             raise OptionError(f"dropout={dropout} is not in [0, 1)")
         widths = [int(multiplier * width) for multiplier in multipliers]
@@ -189,9 +219,13 @@ class UNet(nn.Module):
         self.axes = axes
         self.fourier_features = tuple(fourier_features)
         self.checkpointing = checkpointing
+        self.low_res_channels = low_res_channels
         self.cond_event_dims = {} if classes is None else {"y": 0}
+        if low_res_channels:
+            self.cond_event_dims["low_res"] = dims + 1
 
         embedding_width = 4 * width
+        norm = partial(GroupNorm, groups=norm_groups, eps=norm_eps)
 
         def residual_block(
             channels: int, out_channels: int, resample: Downsample | Upsample | None = None
@@ -204,14 +238,20 @@ class UNet(nn.Module):
                 dropout=dropout,
                 scale_shift=scale_shift,
                 resample=resample,
+                norm=norm,
             )
 
-        def attention_layer(channels: int, heads: int) -> Attention:
+        def attention_layer(channels: int, heads: int, norm: Callable[[int], nn.Module] = norm) -> Attention:
             if head_channels is not None:
                 if head_channels < 1 or channels % head_channels:
                     raise OptionError(f"head_channels={head_channels} does not divide {channels} channels")
                 heads = channels // head_channels
-            return Attention(channels, heads, order=attention_order)
+            return Attention(channels, heads, order=attention_order, norm=norm)
+
+        def middle_attention_layer(channels: int) -> Attention | None:
+            if middle_attention == "none":
+                return None
+            return attention_layer(channels, heads, norm if middle_attention == "normalised" else nn.Identity)
 
         def block(channels: int, out_channels: int, level: int, heads: int) -> Block:
             return Block(
@@ -219,7 +259,9 @@ class UNet(nn.Module):
                 attention_layer(out_channels, heads) if level in attention else None,
             )
 
-        def change_resolution(kind: type[Downsample] | type[Upsample], channels: int) -> nn.Module:
+        def change_resolution(
+            kind: Callable[..., Downsample] | Callable[..., Upsample], channels: int
+        ) -> nn.Module:
             layer = kind(channels, dims=dims, axes=axes, learned=resample == "conv")
             if resample == "residual":
                 return residual_block(channels, channels, layer)
@@ -232,8 +274,10 @@ class UNet(nn.Module):
             time_embedding=time_embedding,
             log_snr_table=log_snr_table,
             index_step=index_step,
+            index_shift=index_shift,
         )
-        self.conv_in = convolution(dims, channels * (1 + 2 * len(fourier_features)), widths[0])
+        in_channels = channels * (1 + 2 * len(fourier_features)) + low_res_channels
+        self.conv_in = convolution(dims, in_channels, widths[0])
 
         current = widths[0]
         skips = [current]
@@ -246,14 +290,14 @@ class UNet(nn.Module):
                 skips.append(current)
             down = None
             if level != levels[-1]:
-                down = change_resolution(Downsample, current)
+                down = change_resolution(partial(Downsample, padding=downsample_padding), current)
                 skips.append(current)
             encoder.append(Level(stack, down))
         self.encoder = nn.ModuleList(encoder)
 
         self.middle = nn.ModuleList(
             [
-                Block(residual_block(current, current), attention_layer(current, heads)),
+                Block(residual_block(current, current), middle_attention_layer(current)),
                 Block(residual_block(current, current), None),
             ]
         )
@@ -268,7 +312,7 @@ class UNet(nn.Module):
         # Stored finest first, so that the same number names a level in both halves.
         self.decoder = nn.ModuleList(reversed(decoder))
 
-        self.norm_out = GroupNorm(current)
+        self.norm_out = norm(current)
         self.conv_out = zero_parameters(convolution(dims, current, channels if out_channels is None else out_channels))
 
     def _check_input(self, x: Tensor) -> None:
@@ -287,6 +331,22 @@ class UNet(nn.Module):
                 f"as {len(self.encoder)} resolution levels want"
             )
 
+    def _with_low_res(self, x: Tensor, low_res: Tensor | None) -> Tensor:
+        if not self.low_res_channels:
+            if low_res is not None:
+                raise OptionError("low_res is given, but the network has low_res_channels=0")
+            return x
+        if low_res is None:
+            raise OptionError(f"low_res is missing: the network has low_res_channels={self.low_res_channels}")
+        if low_res.dim() != x.dim() or low_res.shape[:2] != (len(x), self.low_res_channels):
+            raise ShapeError(
+                f"low_res has shape {list(low_res.shape)}, not [{len(x)}, {self.low_res_channels}"
+                + ", size" * self.dims
+                + "]"
+            )
+        mode = ("linear", "bilinear", "trilinear")[self.dims - 1]
+        return torch.cat([x, F.interpolate(low_res, x.shape[2:], mode=mode).to(x.dtype)], dim=1)
+
     def _with_fourier_features(self, x: Tensor) -> Tensor:
         if not self.fourier_features:
             return x
@@ -303,6 +363,7 @@ class UNet(nn.Module):
         *,
         index: Tensor | None = None,
         y: Tensor | None = None,
+        low_res: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the network.
 
@@ -312,6 +373,8 @@ class UNet(nn.Module):
             index: with ``time_embedding="index"``, instead of ``log_snr``: the step index in the
                 convention of the network's weights, a tensor of shape [N].
             y: class labels, integer tensor of shape [N]; wanted if and only if ``classes`` is set.
+            low_res: smaller images, tensor of shape [N, low_res_channels, *smaller size]; wanted if
+                and only if ``low_res_channels`` is set.
 
         Returns:
             Tensor of shape [N, out_channels, *size].
@@ -334,7 +397,7 @@ class UNet(nn.Module):
             def run(module: nn.Module, x: Tensor) -> Tensor:
                 return module(x, embedding)
 
-        x = self.conv_in(self._with_fourier_features(x))
+        x = self.conv_in(self._with_low_res(self._with_fourier_features(x), low_res))
         skips = [x]
         for level in cast("Iterable[Level]", self.encoder):
             for block in level.blocks:
