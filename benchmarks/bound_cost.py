@@ -29,7 +29,7 @@ from pyrodiff.laboratory.budget import estimate_elbo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/digits"), help="a run's folder")
     parser.add_argument(
         "--loop-images", type=int, default=48, help="images on which the loop is run, twice; 32 or more"
     )
@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="estimates, with seeds 0, 1, ...")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if not (options.run / "run.yaml").is_file():
+        parser.exit(0, f"{options.run} holds no run: make demo leaves one in runs/digits\n")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
 
