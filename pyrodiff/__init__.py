@@ -16,7 +16,7 @@ from .inference_data import compare_models, to_datatree
 from .laboratory.budget import estimate_elbo
 from .laboratory.compare import compare_estimators
 from .reverse import ReverseKernel
-from .sample import sample, trajectory
+from .sample import invert, sample, trajectory
 from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, TableSchedule
 from .training.checkpoint import load, save
 from .training.data import load_data
@@ -43,6 +43,7 @@ __all__ = [
     "errors",
     "estimate_elbo",
     "fit",
+    "invert",
     "load",
     "load_data",
     "nets",

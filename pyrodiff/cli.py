@@ -1,4 +1,4 @@
-"""The command: ``pyrodiff train | elbo | compare | sample | info``.
+"""The command: ``pyrodiff train | elbo | compare | sample | convert | info``.
 
 Every option of ``train`` is a field of one of the classes below, on the command line (``--net.width 64``) or in a YAML file
 (``--config run.yaml``); what a run ended up with is saved beside its results and starts the same run again.
@@ -8,7 +8,6 @@ Exit codes: 0; 2 for a mistake of the user's (one line on stderr says which), 1 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -28,6 +27,7 @@ from ._version import __version__
 from .diffusion import GaussianDiffusion
 from .elbo import bits_per_dim
 from .errors import CheckpointError, DataError, OptionError, PyrodiffError, check_option
+from .interop import convert as formats
 from .laboratory.budget import estimate_elbo
 from .laboratory.compare import compare_estimators
 from .report import ScoringOptions, bar, classes_of, data_range, report, score
@@ -101,7 +101,7 @@ class ModelOptions:
     Attributes:
         prediction: eps, x0, v, score or previous.
         variance: fixed_small, fixed_large, learned or learned_range.
-        decoder: scale of p(x_0 | x_1): vdm, learned or openai.
+        decoder: scale of p(x_0 | x_1): vdm, learned, openai, or openai_tanh (guided-diffusion's approximate bins too).
         objective: elbo; or simple, min_snr, p2, hybrid, none of which is a bound.
     """
 
@@ -251,7 +251,7 @@ def elbo(
     """Print the ELBO ledger of a trained model: every term, by analytic and by Monte Carlo KL, with standard errors.
 
     Args:
-        run: a run's folder, or a model.safetensors.
+        run: a run's folder, a model.safetensors, or a model of another format (see convert).
         data: what to score; default the run's own data.
         split: train, validation or test.
         timesteps: timesteps per image and repeat, spread over 2..T; 0 for all of them.
@@ -300,7 +300,7 @@ def compare(
     """Compare ways of estimating a trained model's ELBO and its gradient: variance, bias, cost, efficiency.
 
     Args:
-        run: a run's folder, or a model.safetensors.
+        run: a run's folder, a model.safetensors, or a model of another format (see convert).
         out: folder for tables (CSV), pictures (PNG) and comparison.nc; default <run's folder>/comparison.
         data: what to score; default the run's own data.
         split: train, validation or test.
@@ -341,6 +341,7 @@ def sample(
     method: str = "ancestral",
     steps: str | None = None,
     eta: float = 0.0,
+    guidance_scale: float = 1.0,
     last: str = "mean",
     label: int | None = None,
     seed: int = 0,
@@ -350,12 +351,13 @@ def sample(
     """Draw samples from a trained model.
 
     Args:
-        run: a run's folder, or a model.safetensors.
+        run: a run's folder, a model.safetensors, or a model of another format (see convert).
         n: number of samples.
         out: a .png picture, or a .npy array in model units.
-        method: ancestral or ddim.
+        method: ancestral or ddim; or, deterministic and of second order, dpm++2m or heun.
         steps: a respacing of the chain: 50, ddim50, 10,10,10, ...; default all steps.
-        eta: noise of ddim, from 0 (none) to 1.
+        eta: noise of ddim and dpm++2m, from 0 (none) to 1.
+        guidance_scale: of classifier-free guidance towards the label, for a network with a null class; 1 for none.
         last: mean (the decoder's mean, no noise at the last step) or sample (a draw from the decoder).
         label: class to draw, for a conditional model.
         seed: sample i depends on the seed and i alone.
@@ -373,7 +375,8 @@ def sample(
     if label is not None and classes is not None and not 0 <= label < classes:
         raise OptionError(f"label={label!r} is not in 0..{classes - 1}")
     cond: Any = {} if label is None else {"y": torch.full((n,), label, device=next(diffusion.parameters()).device)}
-    x = draw(diffusion, n, method, steps, seed, last, eta=eta, progress=bar(progress), **cond)
+    options: Any = {"eta": eta, "guidance_scale": guidance_scale, "progress": bar(progress)}
+    x = draw(diffusion, n, method, steps, seed, last, **options, **cond)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         plots.save(plots.image_grid(x.cpu(), data_range=data_range(diffusion)), path)
@@ -382,17 +385,27 @@ def sample(
     print(path)
 
 
-def info(run: str) -> None:
+def convert(source: str, out: str, format: str, card: str | None = None) -> None:
+    """Convert a model between pyrodiff, diffusers and guided-diffusion.
+
+    Args:
+        source: a run's folder or its model.safetensors, a folder of diffusers, or a guided-diffusion .pt file.
+        out: what to write: a folder; for guided-diffusion a .pt file (its flags go into the .json beside it).
+        format: pyrodiff, diffusers or guided-diffusion.
+        card: flags of a guided-diffusion source: a published checkpoint's name, or a .json file; default by its file's name.
+    """
+    for path in formats.convert(source, out, format, card):
+        print(path)
+
+
+def info(run: str, card: str | None = None) -> None:
     """Say what a checkpoint holds.
 
     Args:
-        run: a run's folder, or a model.safetensors.
+        run: a run's folder, a model.safetensors, a folder of diffusers, or a guided-diffusion .pt file.
+        card: flags of a guided-diffusion file: a published checkpoint's name, or a .json file; default by its file's name.
     """
-    diffusion = _load(run, "cpu")
-    parameters = sum(p.numel() for p in diffusion.parameters())
-    print(f"{type(diffusion.net).__name__}, {parameters:,} parameters")
-    config = {"network": getattr(diffusion.net, "config", None), **diffusion.config}
-    print(yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False).strip())
+    print(yaml.safe_dump(formats.describe(run, card), sort_keys=False).strip())
     log = _run_folder(run) / "metrics.jsonl"
     if log.is_file() and (records := log.read_text(encoding="utf-8", errors="replace").splitlines()):
         print(f"last record: {records[-1]}")
@@ -485,7 +498,7 @@ def _labels(net: NetOptions, labels: Tensor | None) -> dict[str, Tensor]:
 
 
 def _load(run: str, device: str | None) -> GaussianDiffusion:
-    return checkpoint.load(run, device=check_device(device))
+    return formats.load(run).to(check_device(device))
 
 
 def _run_data(run: str, data: str | None, data_dir: str | None, levels: int | None) -> ImageData:
@@ -535,7 +548,7 @@ class _Parser(ArgumentParser):
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "train": train, "elbo": elbo, "compare": compare, "sample": sample, "info": info,
+    "train": train, "elbo": elbo, "compare": compare, "sample": sample, "convert": convert, "info": info,
 }  # fmt: skip
 
 

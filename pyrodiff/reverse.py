@@ -143,8 +143,7 @@ class ReverseKernel(nn.Module):
             t: step(s) in 1..T, broadcasting with ``batch``.
             cond: passed to the network; batch dims broadcast with ``batch``.
         """
-        t = self._as_steps(x_t, t)
-        return self.law(self._predict(x_t, t, cond), x_t, t)
+        return self.law(self.predict(x_t, t, **cond), x_t, t)
 
     def both(self, x_t: Tensor, t: int | Tensor, **cond: Tensor) -> tuple[TorchDistribution, TorchDistribution]:
         r"""The laws of :math:`x_{t-1}` and of :math:`x_0` (the decoder's), from one network call.
@@ -184,8 +183,9 @@ class ReverseKernel(nn.Module):
 
     # ------------------------------------------------------------------ their parts
 
-    def law(self, predicted: Prediction, x_t: Tensor, t: Tensor) -> TorchDistribution:
+    def law(self, predicted: Prediction, x_t: Tensor, t: int | Tensor) -> TorchDistribution:
         """The call's law of x_{t-1}, from a prediction made before."""
+        t = self._as_steps(x_t, t)
         loc, scale = self._decoder_terms(predicted, x_t, t)
         if self.schedule.steps > 1:
             loc_s, scale_s = self._x_s_terms(predicted, x_t, t)

@@ -206,8 +206,10 @@ def test_help_teaches(command: str | None, capsys: pytest.CaptureFixture[str]):
         None: ["train", "elbo", "sample", "info", "diffusion models"],
         "train": ["digits", "mnist", "fashion-mnist", ".npy", "--config", "--training.lr", "low_discrepancy", "importance",
                   "--net.width", "analytic or monte_carlo", "--print_config", "bf16", "--resume"],
-        "elbo": ["--split", "standard error", "--timesteps", "--repeats"],
-        "sample": ["ancestral or ddim", "--steps", "--label", "--seed"],
+        "elbo": ["--split", "standard error", "--timesteps", "--repeats", "--se", "--over"],
+        "compare": ["--examples", "--steps", "--iwae", "--controls", "--gradients", "comparison.nc"],
+        "convert": ["diffusers", "guided-diffusion", "--card"],
+        "sample": ["ancestral", "--steps", "--label", "--seed"],
         "info": ["model.safetensors"],
     }  # fmt: skip
     for word in expected[command]:

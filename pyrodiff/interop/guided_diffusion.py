@@ -1,41 +1,59 @@
-"""Networks of openai/guided-diffusion, and of its predecessor openai/improved-diffusion.
+"""Checkpoints of openai/guided-diffusion, and of its predecessor openai/improved-diffusion.
+
+Their files hold a state dict and nothing else: what the network, the noise schedule and the meaning of its output are is
+said by the flags of their scripts. A :class:`~pyrodiff.interop.cards.Card` is a set of those flags;
+:data:`~pyrodiff.interop.cards.CARDS` has one for every published checkpoint, under the name of its file.
 
 Their timestep index counts from 0 (the least noisy step): it is this library's step minus one.
-"Diffusion Models Beat GANs on Image Synthesis" (Dhariwal & Nichol, 2021),
-https://arxiv.org/abs/2105.05233.
+
+References:
+    Diffusion Models Beat GANs on Image Synthesis (Dhariwal and Nichol, 2021). https://arxiv.org/abs/2105.05233
+    Improved DDPM (Nichol and Dhariwal, 2021). https://arxiv.org/abs/2102.09672
 """
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyrodiff.errors import CheckpointError
+from pyrodiff.diffusion import GaussianDiffusion
+from pyrodiff.errors import CheckpointError, OptionError, check_option
+from pyrodiff.interop import _foreign
+from pyrodiff.interop.cards import CARDS, Card, as_card
 from pyrodiff.nets import UNet
+from pyrodiff.reverse import Bins
 
-__all__ = ["load_unet", "parameter_name", "unet_arguments"]
+__all__ = ["CARDS", "Card", "as_card", "card_of", "load", "load_unet", "parameter_names", "save", "unet_arguments"]
 
-_RESIDUAL = {
-    "in_layers.0": "norm_in",
-    "in_layers.2": "conv_in",
-    "emb_layers.1": "embedding",
-    "out_layers.0": "norm_out",
-    "out_layers.3": "conv_out",
-    "skip_connection": "skip",
+_LAYERS = {
+    # of a residual block
+    "norm_in": "in_layers.0",
+    "conv_in": "in_layers.2",
+    "embedding": "emb_layers.1",
+    "norm_out": "out_layers.0",
+    "conv_out": "out_layers.3",
+    "skip": "skip_connection",
+    # of attention
+    "norm": "norm",
+    "qkv": "qkv",
+    "out": "proj_out",
 }
-_ATTENTION = {"norm": "norm", "qkv": "qkv", "proj_out": "out"}
 _ENDS = {
-    "time_embed.0": "embedding.hidden",
-    "time_embed.2": "embedding.output",
-    "label_emb": "embedding.label",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "norm_out",
-    "out.2": "conv_out",
+    "embedding.hidden": "time_embed.0",
+    "embedding.output": "time_embed.2",
+    "embedding.label": "label_emb",
+    "conv_in": "input_blocks.0.0",
+    "norm_out": "out.0",
+    "conv_out": "out.2",
 }
 
 
@@ -90,58 +108,76 @@ def unet_arguments(
         "scale_shift": use_scale_shift_norm,
         "resample": "residual" if resblock_updown else "conv" if conv_resample else "fixed",
         "dropout": dropout,
+        "norm_groups": 32,
         "time_embedding": "index",
         "checkpointing": use_checkpoint,
     }
 
 
-def parameter_name(key: str, *, levels: int, blocks: int) -> str | None:
-    """Translate the name of a parameter of guided-diffusion's ``UNetModel`` into ours.
+def parameter_names(net: UNet) -> dict[str, str]:
+    """Where guided-diffusion's ``UNetModel`` keeps each parameter of a network of ours.
 
     Args:
-        key: a key of the state dict of ``UNetModel``, such as ``"input_blocks.3.0.op.weight"``.
-        levels: number of resolution levels, ``len(channel_mult)``.
-        blocks: residual blocks per level, ``num_res_blocks``.
+        net: the network, which may be without memory.
 
     Returns:
-        The key in the state dict of :class:`pyrodiff.nets.UNet`, or None if ``UNetModel`` has no
-        such key.
+        For each key of the network's state dict, that of ``UNetModel``, such as ``"input_blocks.3.0.op.weight"``.
     """
-    stem, _, kind = key.rpartition(".")
-    if stem in _ENDS:
-        return f"{_ENDS[stem]}.{kind}"
+    levels, blocks = len(net.config["multipliers"]), net.config["blocks"]
+    attention = set(net.config["attention"])
 
-    # Its blocks are numbered through from the first to the last, each a short list of layers.
-    match = re.fullmatch(r"(input_blocks|output_blocks)\.(\d+)\.(\d)\.(.+)", stem)
-    if match is None:
-        match = re.fullmatch(r"(middle_block)\.()([012])\.(.+)", stem)
+    def stem(ours: str) -> str:
+        if ours in _ENDS:
+            return _ENDS[ours]
+        if match := re.fullmatch(r"middle\.([01])\.(residual|attention)\.(\w+)", ours):
+            position = 1 if match[2] == "attention" else 2 * int(match[1])
+            return f"middle_block.{position}.{_LAYERS[match[3]]}"
+        # Its blocks are numbered through from the first to the last, each a short list of layers.
+        match = re.fullmatch(r"(encoder|decoder)\.(\d+)\.(?:blocks\.(\d+)\.(\w+)|resample)\.(\w+)", ours)
         if match is None:
-            return None
-    half, number, position, layer = match[1], match[2], int(match[3]), match[4]
+            raise OptionError(f"guided-diffusion's UNetModel has no place for {ours!r}")
+        level, resample, layer = int(match[2]), match[3] is None, match[5]
+        block = blocks if resample else int(match[3])
+        position = 1 if match[4] == "attention" else 0
+        if match[1] == "encoder":
+            layers = {**_LAYERS, "conv": "op"}
+            return f"input_blocks.{1 + level * (blocks + 1) + block}.{position}.{layers[layer]}"
+        if resample:  # the last layer of its block, after attention if there is any
+            position = 2 if level in attention else 1
+        layers = {**_LAYERS, "conv": "conv"}
+        return f"output_blocks.{(levels - 1 - level) * (blocks + 1) + block}.{position}.{layers[layer]}"
 
-    if half == "middle_block":
-        ours = "middle.1" if position == 2 else "middle.0"
-        last, resampling = position == 1, False
-    elif half == "input_blocks":
-        level, block = divmod(int(number) - 1, blocks + 1)
-        resampling = block == blocks
-        ours = f"encoder.{level}" if resampling else f"encoder.{level}.blocks.{block}"
-        last = position == 1
-    else:
-        level, block = divmod(int(number), blocks + 1)
-        level = levels - 1 - level
-        # The upsampling layer is the last of its block, after attention if there is any.
-        resampling = position > 0 and layer not in _ATTENTION
-        ours = f"decoder.{level}" if resampling else f"decoder.{level}.blocks.{block}"
-        last = position == 1
+    parts = ((key, key.rpartition(".")) for key in net.state_dict())
+    return {key: f"{stem(ours)}.{kind}" for key, (ours, _, kind) in parts}
 
-    if resampling:
-        if layer in ("op", "conv"):
-            return f"{ours}.resample.conv.{kind}"
-        return f"{ours}.resample.{_RESIDUAL[layer]}.{kind}" if layer in _RESIDUAL else None
-    if last:
-        return f"{ours}.attention.{_ATTENTION[layer]}.{kind}" if layer in _ATTENTION else None
-    return f"{ours}.residual.{_RESIDUAL[layer]}.{kind}" if layer in _RESIDUAL else None
+
+def load(
+    path: str | os.PathLike[str],
+    card: str | os.PathLike[str] | Card | None = None,
+    *,
+    clip: bool = True,
+) -> GaussianDiffusion:
+    """Load a checkpoint of guided- or improved-diffusion (or of the weights' average, ``ema_...pt``) as a diffusion.
+
+    The decoder and the bins are theirs: ``decoder="openai"`` and 256 levels in [-1, 1].
+
+    Args:
+        path: the file, a state dict; weights in half precision become float32.
+        card: what the file does not tell (see :func:`as_card`); None: by the file's name.
+        clip: clamp x_0's estimate to [-1, 1], as their scripts do when they sample and when they evaluate the bound.
+
+    Returns:
+        The diffusion, in evaluation mode, on the CPU. An upsampler's programs want ``low_res=``, smaller images
+        ``[B, 3, small_size, small_size]``.
+
+    Raises:
+        CheckpointError: the file is not a state dict, or does not fit the card.
+        OptionError: no such card.
+    """
+    card = as_card(card, path)
+    net = _net(card)
+    _fill(net, path, "the card")
+    return _diffusion(net, card, clip).eval()
 
 
 def load_unet(
@@ -173,47 +209,134 @@ def load_unet(
         CheckpointError: the file is not a state dict, or does not fit the arguments.
         OptionError: an argument is outside its range.
     """
-    config = unet_arguments(**arguments)
-    net = UNet(**config, log_snr_table=log_snr_table, index_step=index_step)
-    theirs = _read_state_dict(path)
-    expected = net.state_dict()
-
-    state: dict[str, Tensor] = {}
-    unexpected, misshapen = [], []
-    for key, value in theirs.items():
-        name = parameter_name(key, levels=len(config["multipliers"]), blocks=config["blocks"])
-        if name is None or name not in expected:
-            unexpected.append(key)
-            continue
-        if ".attention." in name and value.dim() == 3 and value.shape[2] == 1:
-            value = value.squeeze(2)  # a convolution of kernel 1 there, a linear layer here
-        if value.shape != expected[name].shape:
-            misshapen.append(f"{key} {list(value.shape)} for {list(expected[name].shape)}")
-        state[name] = value
-    missing = [name for name in expected if name not in state]
-    problems = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of the wrong shape", misshapen),
-        )
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"{os.fspath(path)} does not fit the arguments; parameters: {'; '.join(problems)}")
-    net.load_state_dict(state)
+    with torch.device("meta"):
+        net = UNet(**unet_arguments(**arguments), log_snr_table=log_snr_table, index_step=index_step)
+    _fill(net, path, "the arguments")
     return net.eval()
 
 
-def _read_state_dict(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # besides its own, torch lets through those of zipfile and pickle
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{os.fspath(path)} cannot be read as weights: {reason}") from error
-    if not isinstance(content, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
-        raise CheckpointError(f"{os.fspath(path)} holds no state dict of names and tensors")
-    return content
+def card_of(diffusion: GaussianDiffusion) -> Card:
+    """The flags of guided-diffusion's scripts that mean a diffusion; its decoder and bins have none.
+
+    Raises:
+        OptionError: an option of the diffusion or of its network that guided-diffusion does not have, by name.
+    """
+    net, kernel, schedule = diffusion.net, diffusion.reverse_kernel, diffusion.schedule
+    if not isinstance(net, UNet):
+        raise OptionError(f"guided-diffusion cannot hold a {type(net).__name__}: the network is not a UNet")
+    config, size = net.config, diffusion.event_shape
+    schedule_kind = type(schedule).__name__
+    schedule_kind = {"LinearSchedule": "linear", "CosineSchedule": "cosine"}.get(schedule_kind, schedule_kind)
+    wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "dims": (config["dims"], (2,)),
+        "event_shape": (list(size), ([size[0], size[-1], size[-1]],)),
+        "resample": (config["resample"], ("conv", "residual")),
+        "fourier_features": (config["fourier_features"], ([],)),
+        "low_res_channels": (config["low_res_channels"], (0, config["channels"])),
+        "norm_groups": (
+            _foreign.only({m.num_groups for m in net.modules() if isinstance(m, torch.nn.GroupNorm)}),
+            (32,),
+        ),
+        "norm_eps": (config["norm_eps"], (1e-5,)),
+        "middle_attention": (config["middle_attention"], ("normalised",)),
+        "downsample_padding": (config["downsample_padding"], ("both",)),
+        "time_embedding": (config["time_embedding"], ("index",)),
+        "index_shift": (config["index_shift"], (0,)),
+        "schedule": (schedule_kind, ("linear", "cosine")),
+        "prediction": (kernel.prediction, ("eps", "x0")),
+        "variance": (kernel.variance, ("fixed_small", "fixed_large", "learned_range")),
+    }
+    _foreign.refuse("guided-diffusion", wanted)
+    sizes = [size[1] // 2**level for level in config["attention"]]
+    card = Card(
+        image_size=size[1],
+        num_channels=config["width"],
+        num_res_blocks=config["blocks"],
+        num_heads=config["heads"],
+        num_heads_upsample=config["decoder_heads"] or -1,
+        num_head_channels=config["head_channels"] or -1,
+        attention_resolutions=tuple(sizes),
+        channel_mult=tuple(config["multipliers"]),
+        dropout=float(config["dropout"]),
+        class_cond=config["classes"] is not None,
+        use_scale_shift_norm=config["scale_shift"],
+        resblock_updown=config["resample"] == "residual",
+        use_new_attention_order=config["attention_order"] == "qkv_first",
+        learn_sigma=kernel.variance == "learned_range",
+        sigma_small=kernel.variance == "fixed_small",
+        diffusion_steps=schedule.steps,
+        noise_schedule=schedule_kind,
+        predict_xstart=kernel.prediction == "x0",
+        rescale_timesteps=config["index_step"] != 1,
+        # The network takes any smaller size; that of the published ones is a quarter.
+        small_size=max(1, size[1] // 4) if config["low_res_channels"] else None,
+        in_channels=config["channels"],
+        num_classes=config["classes"] or 1000,
+    )
+    table = schedule.log_snr(torch.arange(1, schedule.steps + 1)).tolist()
+    if not math.isclose(config["index_step"], card.index_step) or config["log_snr_table"] not in (None, table):
+        raise OptionError("guided-diffusion cannot hold a network with steps other than those of the schedule")
+    return card
+
+
+def save(path: str | os.PathLike[str], diffusion: GaussianDiffusion) -> None:
+    """Save the weights as guided-diffusion does, and the flags that belong to them.
+
+    Args:
+        path: the file, ``.pt``; the flags become the ``.json`` of the same name, with which :func:`load` reads the file.
+        diffusion: its decoder and bins are not saved: guided-diffusion has only its own.
+
+    Raises:
+        OptionError: an option that guided-diffusion does not have, by name.
+        CheckpointError: a file cannot be written.
+    """
+    path = Path(path)
+    check_option("the suffix of a guided-diffusion checkpoint", path.suffix, (".pt",))
+    card = card_of(diffusion)
+    net: Any = diffusion.net
+    buffer = io.BytesIO()
+    torch.save({key: value.contiguous().cpu() for key, value in _theirs(net).items()}, buffer)
+    _foreign.write(path, buffer.getvalue())
+    _foreign.write_json(path.with_suffix(".json"), asdict(card))
+
+
+def _net(card: Card) -> UNet:
+    """The network that a card describes, without memory."""
+    arguments = unet_arguments(**card.unet)
+    arguments["low_res_channels"] = 0 if card.small_size is None else card.in_channels
+    table = card.schedule.log_snr(torch.arange(1, card.diffusion_steps + 1)).tolist()
+    with torch.device("meta"):
+        return UNet(**arguments, log_snr_table=table, index_step=card.index_step)
+
+
+def _diffusion(net: UNet, card: Card, clip: bool) -> GaussianDiffusion:
+    shape = (card.in_channels, card.image_size, card.image_size)
+    fixed = "fixed_small" if card.sigma_small else "fixed_large"
+    bins: Bins = (256, -1.0, 1.0)
+    return GaussianDiffusion(
+        net,
+        card.schedule,
+        shape,
+        prediction="x0" if card.predict_xstart else "eps",
+        variance="learned_range" if card.learn_sigma else fixed,
+        decoder="openai",
+        bins=bins,
+        clip=clip,
+    )
+
+
+def _theirs(net: UNet) -> dict[str, Tensor]:
+    """The network's state dict as ``UNetModel`` lays it out."""
+    state, names = net.state_dict(), parameter_names(net)
+    # Queries, keys and values: a linear layer here, a convolution of kernel 1 there.
+    convolutions = (".attention.qkv.weight", ".attention.out.weight")
+    return {names[key]: value[..., None] if key.endswith(convolutions) else value for key, value in state.items()}
+
+
+def _fill(net: UNet, path: str | os.PathLike[str], what: str) -> None:
+    theirs, expected = _foreign.read_torch(path), _theirs(net)
+    if problem := _foreign.difference(theirs, expected):
+        raise CheckpointError(f"{os.fspath(path)!r} does not fit {what}; parameters: {problem}")
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    names = parameter_names(net)
+    _foreign.assign(net, {key: theirs.pop(names[key]).reshape(shape) for key, shape in shapes.items()})

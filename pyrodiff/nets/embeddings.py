@@ -45,7 +45,7 @@ def log_snr_features(log_snr: Tensor, features: int) -> Tensor:
 def index_features(index: Tensor, features: int, shift: float = 0.0) -> Tensor:
     """Return the sinusoids of a timestep index that guided-diffusion's networks were trained with.
 
-    The wavelengths are 2 pi to (nearly, without ``shift`` 1) 20000 pi steps, as in "Attention Is All You Need" (Vaswani et al.,
+    The wavelengths are 2 pi to 20000 pi steps, as in "Attention Is All You Need" (Vaswani et al.,
     2017), https://arxiv.org/abs/1706.03762, and "Denoising Diffusion Probabilistic Models" (Ho et
     al., 2020), https://arxiv.org/abs/2006.11239.
 
@@ -165,7 +165,8 @@ class ConditionEmbedding(nn.Module):
             self._table_on(self.hidden.weight.device)
         return self
 
-    def _time_features(self, x: Tensor, log_snr: Tensor | None, index: Tensor | None) -> Tensor:
+    def time_features(self, x: Tensor, log_snr: Tensor | None, index: Tensor | None = None) -> Tensor:
+        """Return what the perceptron sees of the noise level, of shape [N, features]; arguments as :meth:`forward`."""
         if index is not None:
             if self.time_embedding == "sinusoidal":
                 raise OptionError(f"index= needs time_embedding='index', not {self.time_embedding!r}")
@@ -221,7 +222,7 @@ class ConditionEmbedding(nn.Module):
                 if y is None
                 else "y is given, but the network has classes=None"
             )
-        features = self._time_features(x, log_snr, index).to(x.dtype)
+        features = self.time_features(x, log_snr, index).to(x.dtype)
         embedding = self.output(F.silu(self.hidden(features)))
         if y is not None and self.label is not None:
             _check_per_example("y", y, x)

@@ -36,9 +36,7 @@ def convolution(
 ) -> nn.Module:
     """Return a convolution over ``dims`` axes; the default padding keeps their sizes at stride 1."""
     layer: Any = _CONVOLUTIONS[dims]  # each wants tuples of its own length, which we know
-    return cast(
-        nn.Module, layer(channels, out_channels, kernel, stride, kernel // 2 if padding is None else padding)
-    )
+    return cast(nn.Module, layer(channels, out_channels, kernel, stride, kernel // 2 if padding is None else padding))
 
 
 def zero_parameters(module: nn.Module) -> nn.Module:

@@ -259,9 +259,7 @@ class UNet(nn.Module):
                 attention_layer(out_channels, heads) if level in attention else None,
             )
 
-        def change_resolution(
-            kind: Callable[..., Downsample] | Callable[..., Upsample], channels: int
-        ) -> nn.Module:
+        def change_resolution(kind: Callable[..., Downsample] | Callable[..., Upsample], channels: int) -> nn.Module:
             layer = kind(channels, dims=dims, axes=axes, learned=resample == "conv")
             if resample == "residual":
                 return residual_block(channels, channels, layer)
