@@ -322,9 +322,11 @@ def timesteps(table: pandas.DataFrame, x: str = "timestep") -> Figure:
         middle.plot(steps["x"], steps[f"variance_{kl}"], dashes, color=_COLOURS[kl], label=label, **style)
     _log_axis(left, "y", table["kl"])
     _log_axis(middle, "y", [*table["variance_analytic"], *table["variance_monte_carlo"]])
-    right.axhline(100, color="0.6", linewidth=0.8, zorder=0)
-    right.plot(table["x"], 100 * table["share"].cumsum(), color=blue, **style)
-    titles = ("Term (nats)", "Variance of one draw (nats²)", "Running share of the bound (%)")
+    if shares := bool(table["share"].notna().all()):
+        right.axhline(100, color="0.6", linewidth=0.8, zorder=0)
+    right.plot(table["x"], (100 * table["share"] if shares else table["kl"]).cumsum(), color=blue, **style)
+    running = "Running share of the bound (%)" if shares else "Running sum (nats)"
+    titles = ("Term (nats)", "Variance of one draw (nats²)", running)
     for axes, title in zip((left, middle, right), titles, strict=True):
         axes.set(title=title, xlabel=name)
         if axes is not right:

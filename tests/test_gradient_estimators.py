@@ -19,7 +19,7 @@ from torch import nn
 
 from pyrodiff import CosineSchedule, GaussianDiffusion
 from pyrodiff.distributions import Gaussian
-from pyrodiff.errors import OptionError, ShapeError
+from pyrodiff.errors import OptionError, ProgramError, ShapeError
 from pyrodiff.laboratory import gradients
 from pyrodiff.laboratory.gradients import Estimator, Question, compare_gradients, gradient, parameter_groups, questions
 from pyrodiff.schedules import Schedule
@@ -584,3 +584,12 @@ def test_nothing_to_differentiate():
         compare_gradients(discrete, torch.zeros(2, 2, dtype=F64, requires_grad=True))
     with pytest.raises(ShapeError, match="x0 has shape"):
         compare_gradients(linear(), torch.zeros(1, dtype=F64))
+
+
+def test_gradients_are_had_under_no_grad_and_refused_in_inference_mode():
+    diffusion, x0 = linear(), torch.zeros(2, 1, dtype=F64)
+    with torch.no_grad():
+        table = compare_gradients(diffusion, x0, repeats=2, timesteps=[2], iwae=(), chain=False)
+    assert (table.norm.dropna() > 0).all()
+    with torch.inference_mode(), pytest.raises(ProgramError, match="inference_mode"):
+        compare_gradients(diffusion, x0, repeats=2, timesteps=[2], iwae=(), chain=False)

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from oracles import DDPM, GaussianDenoiser, LinearModel, hermite, linear_betas
@@ -360,10 +361,37 @@ def test_by_timestep_adds_up():
         6,
         6,
     ]
-    assert table.share.sum() == pytest.approx(1)
+    assert (
+        table.kl[0] < 0 and table.share.isna().all()
+    )  # a density's reconstruction: parts have no share of a difference
+    shifted = Terms(*(z + torch.eye(1, 7) * 5 for z in loop.terms))
+    positive = values.by_timestep(diffusion, draws.Draws(shifted, loop.evaluations, loop.seconds))
+    assert positive.share.sum() == pytest.approx(1) and (positive.share >= 0).all()
     np.testing.assert_allclose(table.log_snr[:6], closed.ddpm.log_snr, rtol=1e-9)
     x = x0.numpy()[:, 0]
     exact = np.concatenate([[closed.reconstruction(x).mean()], closed.diffusion(x).mean(0), [closed.prior(x).mean()]])
     assert (np.abs(table.kl - exact) < 5 * table.se_noise + 1e-12).all()
     assert (table.variance_analytic[1:] <= table.variance_monte_carlo[1:] * 1.2).all()
     assert table.variance_analytic.iloc[-1] == 0  # the prior's KL does not depend on the noise
+
+
+def test_controls_are_per_example_whatever_data_size():
+    torch.manual_seed(0)
+    net = pyrodiff.nets.MLP(2, width=8, depth=1)
+    diffusion = pyrodiff.GaussianDiffusion(net, pyrodiff.LogLinearSchedule(3, -4.0, 4.0), (2,), data_size=6)
+    known = len(pyro.get_param_store())
+    table, _, _ = values.value_estimators(
+        diffusion, torch.randn(4, 2), repeats=64, controls=True, iwae=(), timesteps=(1,)
+    )
+    row = table.set_index(["path", "kl"]).loc[("chain, forward order", "k1")]
+    assert abs(row.z) < 4.5
+    assert len(pyro.get_param_store()) == known
+
+
+def test_estimators_of_one_noise_are_compared_draw_by_draw():
+    noise = torch.randn(50, 3, dtype=torch.float64)
+    a = values.Estimator("a", "analytic", noise + 1, True, noise="n")
+    b = values.Estimator("b", "k1", noise, True, noise="n")
+    other = values.Estimator("c", "k1", noise, True, noise="m")
+    assert values._se_of_difference(a, b, 3.0, 4.0) == pytest.approx(0, abs=1e-12)
+    assert values._se_of_difference(a, other, 3.0, 4.0) == 5.0

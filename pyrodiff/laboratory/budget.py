@@ -181,7 +181,7 @@ class ELBOEstimate:
             f"{self.mean:.4f} bits/dim (± {self.se_examples:.4f} over images, ± {self.se_noise:.4f} over noise), "
             f"{self.images:,} images, {self.network_evaluations:,} network evaluations ({self.pilot_evaluations:,} of the pilot)\n"
             f"the T-step loop: about {self.loop_evaluations:,.0f} ({self.gain:.0f} times as many); "
-            f"gain over noise {self.noise_gain:.1f} (by choice of t alone at most {self.noise_gain_limit:.1f})"
+            f"gain over noise about {self.noise_gain:.0f} (by choice of t alone at most about {self.noise_gain_limit:.0f})"
         )
 
 
@@ -191,7 +191,7 @@ def estimate_elbo(
     se: float,
     over: str = "examples",
     *,
-    pilot: int = 16,
+    pilot: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = False,
@@ -208,7 +208,7 @@ def estimate_elbo(
         over: ``"examples"``: as few images and timesteps as reach ``se_examples``. Each image is used at most once, and none
             of the pilot's, so that they are a random sample of the population that the pool was drawn from. ``"noise"``: all
             images, and as few timesteps as reach ``se_noise`` (at least two per image).
-        pilot: images of the pilot, each evaluated twice at some 16 timesteps.
+        pilot: images of the pilot, each evaluated twice at some 16 timesteps; default 16, or half of a smaller pool.
         seed: of the images, timesteps and noise; the global generators are neither used nor changed.
         batch_size: rows of a network call; the estimate does not depend on it, up to the network's rounding.
         progress: show a progress bar after two seconds.
@@ -228,6 +228,8 @@ def estimate_elbo(
         )
     if not 0 < se < math.inf:
         raise OptionError(f"se={se!r} is not a positive number of bits per dim")
+    if pilot is None:
+        pilot = min(16, len(x0) // 2)
     if not MIN_PILOT <= pilot <= len(x0) // 2:
         raise OptionError(f"pilot={pilot!r} is not in {MIN_PILOT}..{len(x0) // 2}, half of the pool")
     if not 0 <= seed < 2**63 or batch_size < 1 or T < 2:
@@ -264,7 +266,8 @@ def estimate_elbo(
         size = partial(_size, over=over, target=(se * unit) ** 2, available=len(pool))
         n, c = size(plan)
         _check_size(n, len(pool), HOPELESS, se)
-        first = min(len(pool), max(MIN_IMAGES // 2, math.ceil(FIRST_STAGE * min(n, len(pool)))))
+        least = MIN_IMAGES // 2 if over == "examples" else MIN_PILOT
+        first = min(len(pool), max(least, math.ceil(FIRST_STAGE * min(n, len(pool)))))
         design = plan.design._replace(c=c)
         y = sample(pool[:first], design)
         n, more = size(plan.revised(y, c), spent=first, c_spent=c)

@@ -125,7 +125,7 @@ def compare_estimators(
 ) -> Comparison:
     """Estimate one bound, and its gradient, in every way; measure each way's variance, bias and cost.
 
-    Costs about (3.5 + 2 repeats^-1) network evaluations per timestep, example and repeat, and the gradients.
+    Costs about 3 + len(timesteps) network evaluations per timestep, example and repeat, and the gradients.
 
     Args:
         diffusion: the model.
@@ -170,17 +170,22 @@ def compare_estimators(
         raise OptionError(
             "pool and se belong together: the images, and the standard error of their bound in bits per dim"
         )
+    if not 0 <= seed < 2**63:
+        raise OptionError(f"seed={seed!r} is not an integer in 0..2**63 - 1")
+    if gradients is not None and not any(p.requires_grad for p in diffusion.parameters()):
+        raise OptionError(
+            f"gradients={gradients!r}, but no parameter of the diffusion requires a gradient: set it to None"
+        )
+    options: Any = {"seed": seed, "progress": progress}
+    found, bound = None, None
+    if pool is not None and se is not None:  # first, since it may find the pool too small
+        bound = estimate_elbo(diffusion, pool, se, **options | {"batch_size": batch_size} | (pool_cond or {}))
     values, chains, loop = value_estimators(
         diffusion, x0, exact=exact, exact_log_prob=exact_log_prob, repeats=repeats, timesteps=timesteps, iwae=iwae,
-        controls=controls, seed=seed, batch_size=batch_size, progress=progress, **cond,
+        controls=controls, batch_size=batch_size, **options | cond,
     )  # fmt: skip
-    found, bound = None, None
-    options: Any = {"seed": seed, "progress": progress}
     if gradients is not None:
         found = compare_gradients(diffusion, x0, repeats=gradients, **options | cond)
-    if pool is not None and se is not None:
-        options |= {"batch_size": batch_size, **(pool_cond or {})}
-        bound = estimate_elbo(diffusion, pool, se, **options)
     settings = {
         "examples": len(x0), "T": diffusion.steps, "dims": diffusion.event_shape.numel(), "repeats": repeats, "seed": seed,
         "gradients": gradients, "threads": torch.get_num_threads(), "device": str(x0.device), "torch": torch.__version__,

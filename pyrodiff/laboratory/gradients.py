@@ -68,7 +68,7 @@ from tqdm.auto import tqdm
 from .._tensor import check_event, take_rows
 from ..diffusion import GaussianDiffusion
 from ..elbo import TraceMeanField_ELBO
-from ..errors import OptionError, ShapeError
+from ..errors import OptionError, ProgramError, ShapeError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -360,7 +360,9 @@ def gradient(estimator: Estimator, source: Callable[[], Tensor], groups: Groups)
     """
     if estimator.surrogate is None:
         raise OptionError(f"estimator {estimator.name!r} does not apply: {estimator.reason}")
-    with pyro.settings.context(module_local_params=True):
+    if torch.is_inference_mode_enabled():
+        raise ProgramError("gradients cannot be had in torch.inference_mode(): leave it")
+    with pyro.settings.context(module_local_params=True), torch.enable_grad():
         x0 = source()
         loss = estimator.surrogate(x0)
     tensors = [p for group in groups.values() for p in group]

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -54,6 +55,7 @@ KLS: dict[str, Callable[[Terms], Tensor]] = {
 UNBIASED = {"analytic": True, "k1": True, "k2": False, "k3": True}
 NORMALISED = "weights divided by their mean: the ratio of two means is biased"
 PILOT = 32  # draws of every term, from which the probabilities of importance-sampled timesteps come
+LEAST = 16  # draws of anything that costs little: a variance of two numbers is no variance
 UNIFORM_SHARE = 0.001  # of importance-sampled timesteps, so that no weight is unbounded
 
 
@@ -67,6 +69,7 @@ class Estimator:
         unbiased: whether its mean is claimed to be the bound's value.
         evaluations, seconds: network evaluations and wall time of one draw for one example.
         timesteps: terms evaluated in one draw.
+        noise: name of the noise it was drawn with: estimators that share it are compared draw by draw.
         joint: whether the B examples of a repeat are not independent (timesteps spread over the batch).
         target: ``"elbo"``, or ``"log p"`` for a bound that is tighter than the ELBO.
         reason: why there is no number, or what the number is.
@@ -79,6 +82,7 @@ class Estimator:
     evaluations: float = math.nan
     seconds: float = math.nan
     timesteps: int = 0
+    noise: str = ""
     joint: bool = False
     target: str = "elbo"
     reason: str = ""
@@ -154,7 +158,7 @@ def value_estimators(
     """
     T, B = diffusion.steps, len(x0)
     pilots = -(-PILOT // B)
-    rows = {count: max(2, repeats * T // (4 * count)) for count in timesteps if 1 <= count <= T}
+    rows = {count: max(LEAST, repeats * T // (4 * count)) for count in timesteps if 1 <= count <= T}
     evaluations = B * (T * (3 * repeats + pilots) + sum(len(PATHS) * count * n for count, n in rows.items()))
     bar = tqdm(
         total=evaluations, desc="bounds", unit="eval", unit_scale=True, delay=2, disable=not progress, leave=False
@@ -171,7 +175,8 @@ def value_estimators(
     if repeats >= 8:
         combined, c = control_variate(chains.terms)
         found.insert(
-            1, Estimator("chain", "analytic + c N", combined, True, T, chains.seconds, T, reason=f"c = {c:.3f}")
+            1,
+            Estimator("chain", "analytic + c N", combined, True, T, chains.seconds, T, "chain", reason=f"c = {c:.3f}"),
         )
     else:
         found.insert(
@@ -179,7 +184,7 @@ def value_estimators(
         )
     pair = (total(loop.terms, "analytic") + total(mirrored.terms, "analytic")) / 2
     seconds = loop.seconds + mirrored.seconds
-    found.append(Estimator("independent, antithetic", "analytic", pair, True, 2 * T, seconds, T))
+    found.append(Estimator("independent, antithetic", "analytic", pair, True, 2 * T, seconds, T, "independent"))
     p = _importance(pilot.terms)
     for count in timesteps:
         if count not in rows:
@@ -236,7 +241,8 @@ def _sums(path: str, drawn: Draws) -> list[Estimator]:
     """All terms, added up, by every KL."""
     T = round(drawn.evaluations)
     return [
-        Estimator(path, kl, total(drawn.terms, kl), UNBIASED[kl], drawn.evaluations, drawn.seconds, T) for kl in KLS
+        Estimator(path, kl, total(drawn.terms, kl), UNBIASED[kl], drawn.evaluations, drawn.seconds, T, path)
+        for kl in KLS
     ]
 
 
@@ -291,13 +297,15 @@ def _subsampled(
     name, joint = f"{path}, {count}", points is _spread
     note = f"p(t) from a pilot of {PILOT} draws of every term" if weighted else ""
     found = [
-        Estimator(name, kl, weighted_total(terms, t, p, kl), UNBIASED[kl], count, seconds, count, joint, reason=note)
+        Estimator(
+            name, kl, weighted_total(terms, t, p, kl), UNBIASED[kl], count, seconds, count, name, joint, reason=note
+        )
         for kl in KLS
     ]
     if controls and path == "importance" and count > 1:
         wrong = weighted_total(terms, t, p, "analytic", normalise=True)
         found.append(
-            Estimator(f"{name}, normalised", "analytic", wrong, False, count, seconds, count, reason=NORMALISED)
+            Estimator(f"{name}, normalised", "analytic", wrong, False, count, seconds, count, name, reason=NORMALISED)
         )
     return found
 
@@ -363,8 +371,10 @@ def _forward_order(
 ) -> list[Estimator]:
     """The guide that adds noise step by step: right by Monte Carlo, silently wrong by analytic KLs, which is why it is here."""
     found: dict[str, list[Tensor]] = {"analytic": [], "monte_carlo": []}
-    started = time.perf_counter()
-    with torch.random.fork_rng(), diffusion.evaluating(), torch.no_grad(), warnings.catch_warnings():
+    diffusion = diffusion.respace(range(1, diffusion.steps + 1))  # a twin, to be scored without SVI's N / B
+    diffusion.data_size = None
+    started, scope = time.perf_counter(), pyro.get_param_store().scope()
+    with scope, torch.random.fork_rng(), diffusion.evaluating(), torch.no_grad(), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.simplefilter("ignore", UserWarning)  # Pyro's, about the order
         for part in (torch.arange(repeats * len(x0)) % len(x0)).split(batch_size):
@@ -393,10 +403,10 @@ def _table(found: list[Estimator], exact: Tensor | None, exact_log_prob: Tensor 
     import pandas
 
     figures = [_figures(e, batch) for e in found]
-    # Without an exact value, the unbiased estimator with the least standard error is what others are held against; not k3,
-    # whose heavy tail a sample can miss altogether, and its own standard error with it.
-    unbiased = [i for i, e in enumerate(found) if e.unbiased and e.draws is not None and e.kl != "k3"]
-    best = min(unbiased, key=lambda i: figures[i]["se_noise"], default=None)
+    # Without an exact value, others are held against the unbiased estimator with the least standard error. Not against k3, whose
+    # heavy tail a sample can miss altogether, nor where few numbers tell that standard error.
+    candidates = [i for i, e in enumerate(found) if e.unbiased and e.draws is not None and e.kl != "k3" and not e.joint]
+    best = min(candidates, key=lambda i: figures[i]["se_noise"] or math.inf, default=None)
     rows = []
     for i, e in enumerate(found):
         mean, se, against = figures[i]["mean"], figures[i]["se_noise"], ""
@@ -458,8 +468,8 @@ def _figures(e: Estimator, batch: int) -> dict[str, float]:
 
 
 def _se_of_difference(e: Estimator, other: Estimator, se: float, se_other: float) -> float:
-    """Paired where both come from the same draws."""
-    if e.path == other.path and e.draws is not None and other.draws is not None and e.draws.shape == other.draws.shape:
+    """Paired where both come from the same noise."""
+    if e.noise and e.noise == other.noise and e.draws is not None and other.draws is not None:
         return Estimate.of(e.draws - other.draws).se_noise
     return math.hypot(se, se_other)
 
@@ -474,7 +484,8 @@ def by_timestep(diffusion: GaussianDiffusion, drawn: Draws) -> pandas.DataFrame:
         A row for each term: ``term`` (``"reconstruction"``, ``"diffusion"``, ``"prior"``), ``t``, ``log_snr`` and ``snr`` there
         (averaged over the event, where the schedule has one), ``kl`` (mean, nats per example), ``se_noise``,
         ``variance_analytic`` and ``variance_monte_carlo`` (over noise, given the example, averaged over examples),
-        ``variance_examples`` (of the term's mean, between examples), ``share`` of the bound.
+        ``variance_examples`` (of the term's mean, between examples), ``share`` of the bound (NaN where
+        the reconstruction is negative, as densities can make it: parts have no share of a difference).
     """
     import pandas
 
@@ -501,6 +512,6 @@ def by_timestep(diffusion: GaussianDiffusion, drawn: Draws) -> pandas.DataFrame:
             "variance_analytic": noise.numpy(),
             "variance_monte_carlo": log_ratio.var(0).mean(0).numpy(),
             "variance_examples": between.numpy(),
-            "share": (mean / mean.sum()).numpy(),
+            "share": (mean / mean.sum() if mean[0] >= 0 else torch.full_like(mean, math.nan)).numpy(),
         }
     )
