@@ -10,6 +10,7 @@ import torch
 from oracles import DDPM, GaussianDenoiser, LinearModel, hermite, linear_betas
 
 import pyrodiff
+from pyrodiff.distributions import Gaussian
 from pyrodiff.laboratory import draws, values
 from pyrodiff.laboratory.draws import Terms
 
@@ -395,3 +396,26 @@ def test_estimators_of_one_noise_are_compared_draw_by_draw():
     other = values.Estimator("c", "k1", noise, True, noise="m")
     assert values._se_of_difference(a, b, 3.0, 4.0) == pytest.approx(0, abs=1e-12)
     assert values._se_of_difference(a, other, 3.0, 4.0) == 5.0
+
+
+@pytest.mark.parametrize("kl", ["analytic", "k1"])
+def test_means_of_the_guide_in_forward_order(kl, monkeypatch):
+    """Right by log-ratios, over every node of the noise; far off by analytic KLs."""
+    diffusion, closed = make(3)
+    z, w = grid(3, 8)  # of squares: exact
+    noise = tape(*z.T)  # x_1, then x_2, then x_3
+    monkeypatch.setattr(Gaussian, "rsample", lambda self, shape=(): self.mean + self.stddev * noise(self.mean))
+    x0 = torch.full((len(z), 1), X0, dtype=torch.float64)
+    found = {e.kl: e for e in values._forward_order(diffusion, x0, 1, 0, len(z), {})}
+    off = abs(float((found[kl].draws[0] * w).sum()) - float(closed.nelbo(np.array(X0))))
+    assert off < 1e-9 if found[kl].unbiased else off > 0.1
+    assert found[kl].unbiased == (kl == "k1")
+
+
+def test_variance_between_examples_is_that_of_their_means():
+    torch.manual_seed(0)
+    effect, noise = 2 * torch.randn(20_000, 3), 3 * torch.randn(2, 20_000, 3)
+    terms = (effect + noise).double()  # of means of two draws: 4 between examples, 9 / 2 of noise
+    table = values.by_timestep(make(2)[0], draws.Draws(Terms(terms, terms), 2, 0.0))
+    np.testing.assert_allclose(table.variance_examples, 4, rtol=0.08)
+    np.testing.assert_allclose(table.variance_analytic, 9, rtol=0.08)
