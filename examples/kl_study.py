@@ -698,7 +698,7 @@ def whole_data_sets(t: Tables) -> tuple[str, str, bool | None, Figure | None]:
     table = t.bounds
     text = f"""The T-step loop evaluates every timestep of every image it uses. At an equal standard error over images it is far
 cheaper to take more images and a few importance-sampled timesteps of each, with a Wiener filter's error as control variate
-(`pyrodiff elbo RUN --se 0.01`). `gain` is the ratio of network evaluations, the pilot included, at equal `se_examples`; `gain in noise`
+(`pyrodiff elbo RUN --se 0.02`). `gain` is the ratio of network evaluations, the pilot included, at equal `se_examples`; `gain in noise`
 what is gained in the noise alone per evaluation of the sample, beside the most that the choice of timesteps alone can gain,
 T sum(v_t) / (sum sqrt(v_t))^2 (Cauchy-Schwarz; a control variate can exceed it). Bits per dim:
 
@@ -768,7 +768,7 @@ def recommendations(t: Tables) -> list[str]:
         f" combination with the analytic KLs, which divides the variance of analytic KLs along the chain by"
         f" {ratios(('chain', 'analytic'), combined)}, and that of analytic KLs at states drawn apart by"
         f" {ratios(('independent', 'analytic'), combined)} (more in longer chains).",
-        "* **The mean over a data set**: many images, few timesteps of each: `pyrodiff elbo RUN --se 0.01`.",
+        "* **The mean over a data set**: many images, few timesteps of each: `pyrodiff elbo RUN --se 0.02`.",
         "* **Gradients of the network**: the same by `sample` and `rsample`; analytic KLs at one timestep, log-ratios along a chain.",
     ]
 

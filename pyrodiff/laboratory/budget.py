@@ -482,7 +482,8 @@ def _check_size(n: int, available: int, factor: float, se: float) -> None:
     if n > factor * available:
         raise DataError(
             f"se={se:.3g} takes about {n:,} images at any number of timesteps, and the pool has {available:,} beside the "
-            f"pilot's, which reach about {se * math.sqrt(n / available):.3g} bits/dim"
+            f"pilot's, which reach about {se * math.sqrt(n / available):.3g} bits/dim; ask for that, bring more images, or ask "
+            "for the error over='noise', of these images alone"
         )
 
 
