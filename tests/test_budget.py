@@ -302,7 +302,8 @@ def test_conditioning_goes_with_its_image():
 
 def test_a_pool_too_small_is_refused_with_what_it_reaches():
     with pytest.raises(
-        DataError, match=r"^se=0.0001 takes about .* images .* the pool has 484 .* reach about 0\.\d+ bits/dim; .*over='noise'"
+        DataError,
+        match=r"^se=0.0001 takes about .* images .* the pool has 484 .* reach about 0\.\d+ bits/dim; .*over='noise'",
     ):
         estimate_elbo(diffusion(), pool(500, 9), 1e-4)
     x0 = pool(1000, 9)
