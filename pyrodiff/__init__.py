@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from . import distributions, errors, nets, schedules, timesteps
 from ._version import __version__
+from .classifier import NoisyClassifier
 from .diffusion import GaussianDiffusion
 from .distributions import DiscretizedNormal
 from .elbo import ELBOTerms, RenyiELBO, TraceMeanField_ELBO, bits_per_dim, elbo_terms
@@ -18,7 +19,7 @@ from .laboratory.compare import compare_estimators
 from .reverse import ReverseKernel
 from .sample import invert, sample, trajectory
 from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, TableSchedule
-from .training.checkpoint import load, save
+from .training.checkpoint import load, load_classifier, save
 from .training.data import load_data
 from .training.fit import fit
 
@@ -30,6 +31,7 @@ __all__ = [
     "GaussianDiffusion",
     "LinearSchedule",
     "LogLinearSchedule",
+    "NoisyClassifier",
     "RenyiELBO",
     "ReverseKernel",
     "TableSchedule",
@@ -45,6 +47,7 @@ __all__ = [
     "fit",
     "invert",
     "load",
+    "load_classifier",
     "load_data",
     "nets",
     "sample",

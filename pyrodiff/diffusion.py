@@ -175,7 +175,7 @@ class GaussianDiffusion(nn.Module):
         return self.schedule.steps
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self: nn.Module) -> Iterator[None]:
         """The network in evaluation mode (no dropout) for the length of a ``with`` block."""
         training = [module for module in self.modules() if module.training]
         try:

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -51,7 +52,7 @@ from .schedules import RespacedSchedule
 __all__ = ["METHODS", "ancestral", "ddim", "dpm_2m", "heun", "invert", "sample", "trajectory"]
 
 Classifier = Callable[..., Tensor]
-"""``log_prob(x_t, t, **cond)``: log p(y | x_t) up to a constant, ``[B]``, for states ``[B, *event]`` at steps ``[B]``."""
+"""``log_prob(x_t, t, **told)``: log p(y | x_t) up to a constant, ``[B]``, for states ``[B, *event]`` at steps ``[B]``."""
 
 
 class Guided:
@@ -60,7 +61,7 @@ class Guided:
     Args:
         kernel: without guidance.
         scale: of classifier-free guidance.
-        classifier: None, or log p(y | x_t).
+        classifier: None, or log p(y | x_t), told all it needs but x_t and t.
         own_t: the step that the classifier is told at t = 1, 2, ...
     """
 
@@ -79,7 +80,7 @@ class Guided:
     def __call__(self, x_t: Tensor, t: int, **cond: Any) -> TorchDistribution:
         """The law of x_{t-1}; to its mean a classifier adds variance times gradient (0 for ``"fixed_small"`` at t = 1)."""
         law = self.kernel.law(self._predict(x_t, t, cond), x_t, t)
-        gradient = self._gradient(x_t, t, cond)
+        gradient = self._gradient(x_t, t)
         if gradient is None:
             return law
         small = self.forward_process.posterior_terms(x_t, t)[3].to(law.mean)
@@ -89,7 +90,7 @@ class Guided:
     def denoise(self, x_t: Tensor, t: int, **cond: Any) -> Tensor:
         """The estimate of x_0 from a score to which a classifier's gradient is added (by Tweedie's formula)."""
         x0_hat = self.kernel.clipped(self._predict(x_t, t, cond).x0_hat)
-        gradient = self._gradient(x_t, t, cond)
+        gradient = self._gradient(x_t, t)
         if gradient is None:
             return x0_hat
         alpha, sigma = _scales(self.forward_process, x_t, t)
@@ -106,13 +107,13 @@ class Guided:
         mean = None if given.mean is None or free.mean is None else torch.lerp(free.mean, given.mean, self.scale)
         return given._replace(x0_hat=torch.lerp(free.x0_hat, given.x0_hat, self.scale), mean=mean)
 
-    def _gradient(self, x_t: Tensor, t: int, cond: dict[str, Any]) -> Tensor | None:
+    def _gradient(self, x_t: Tensor, t: int) -> Tensor | None:
         if self.classifier is None:
             return None
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
             steps = torch.full((len(x),), self.own_t[t - 1], device=x.device)
-            log_prob = self.classifier(x, steps, **cond)
+            log_prob = self.classifier(x, steps)
             if log_prob.shape != steps.shape:
                 raise ShapeError(f"classifier returns shape {list(log_prob.shape)}, not one value for each of {len(x)}")
             return torch.autograd.grad(log_prob.sum(), x)[0]
@@ -218,6 +219,7 @@ def sample(
     eta: float = 0.0,
     guidance_scale: float = 1.0,
     classifier: Classifier | None = None,
+    classifier_cond: dict[str, Any] | None = None,
     x_T: Tensor | None = None,
     batch_size: int = 256,
     progress: bool = False,
@@ -237,8 +239,10 @@ def sample(
         guidance_scale: w of classifier-free guidance, x0_hat without conditioning plus w times what conditioning changes; 1
             is none. The network's attribute ``null_cond`` says what it was shown in training where it should know nothing,
             such as ``{"y": 10}``: a class label kept for that.
-        classifier: ``log_prob(x_t, t, **cond)``, log p(y | x_t) of each of B states, ``[B]``, whose gradient guides the
-            sampler; ``t`` ``[B]`` counts the diffusion's own steps, whatever the respacing. Times w for a guidance scale w.
+        classifier: ``log_prob(x_t, t, **classifier_cond)``, log p(y | x_t) of each of B states, ``[B]``, whose gradient guides
+            the sampler, such as :meth:`~pyrodiff.NoisyClassifier.log_prob`; ``t`` ``[B]`` counts the diffusion's own steps,
+            whatever the respacing. Times w for a guidance scale w.
+        classifier_cond: what the classifier is told, as ``cond``; None: ``cond`` itself.
         x_T: ``[n, *event]``, where to start instead of at noise, such as what :func:`invert` returns.
         batch_size: examples per network call.
         progress: show a progress bar after two seconds.
@@ -253,7 +257,7 @@ def sample(
     """
     ends = _walk(
         lambda path: deque(path, maxlen=1)[0], diffusion, n, method, steps, seed, last, eta=eta, guidance_scale=guidance_scale,
-        classifier=classifier, x_T=x_T, batch_size=batch_size, progress=progress, **cond,
+        classifier=classifier, classifier_cond=classifier_cond, x_T=x_T, batch_size=batch_size, progress=progress, **cond,
     )  # fmt: skip
     return torch.cat(ends)
 
@@ -310,6 +314,7 @@ def _walk(
     eta: float = 0.0,
     guidance_scale: float = 1.0,
     classifier: Classifier | None = None,
+    classifier_cond: dict[str, Any] | None = None,
     x_T: Tensor | None = None,
     batch_size: int = 256,
     progress: bool = False,
@@ -326,7 +331,9 @@ def _walk(
         raise OptionError(f"eta={eta!r} belongs to {', '.join(map(repr, _WITH_ETA))}, not to method={method!r}")
     if x_T is not None and x_T.shape != (n, *diffusion.event_shape):
         raise ShapeError(f"x_T has shape {list(x_T.shape)}, not {[n, *diffusion.event_shape]}")
-    cond = {k: torch.as_tensor(v) if isinstance(v, int | float | Sequence | np.ndarray) else v for k, v in cond.items()}
+    if classifier is None and classifier_cond is not None:
+        raise OptionError(f"classifier_cond={classifier_cond!r} is for a classifier, and there is none")
+    told = cond if classifier_cond is None else classifier_cond
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     kernel = diffusion.reverse_kernel if steps is None else diffusion.reverse_kernel.respace(steps)
@@ -334,9 +341,6 @@ def _walk(
     length = kernel.schedule.steps
     respaced = steps is not None and isinstance(kernel.schedule, RespacedSchedule)
     own_t = cast("RespacedSchedule", kernel.schedule).kept if respaced else range(1, length + 1)
-    p: Kernel = kernel
-    if guidance_scale != 1 or classifier is not None:
-        p = Guided(kernel, guidance_scale, classifier, own_t)
     batches, kept = range(0, n, batch_size), []
     bar = tqdm(
         total=length * len(batches), desc="sampling", unit="step", delay=2, disable=not progress, dynamic_ncols=True,
@@ -345,13 +349,23 @@ def _walk(
     with diffusion.evaluating(), torch.no_grad(), bar:
         for first in batches:
             rows = slice(first, min(first + batch_size, n))
-            given = take_rows(kernel.net, cond, rows, n)
-            given = {k: v.to(like.device) if isinstance(v, Tensor) else v for k, v in given.items()}
+            given = _rows(kernel, cond, rows, n, like.device)
+            p: Kernel = kernel
+            if guidance_scale != 1 or classifier is not None:
+                log_prob = classifier and partial(classifier, **_rows(kernel, told, rows, n, like.device))
+                p = Guided(kernel, guidance_scale, log_prob, own_t)
             noises = _noise(seed, range(n)[rows], length + 1, diffusion.event_shape, like)
             x = next(noises)
             start = x if x_T is None else x_T[rows].to(x)
             kept.append(keep(_path(p, kernel, method, start, noises, eta, last, given, bar)))
     return kept
+
+
+def _rows(kernel: ReverseKernel, cond: dict[str, Any], rows: slice, n: int, device: torch.device) -> dict[str, Any]:
+    """A batch's part of conditioning values, which may be numbers or sequences, on the device."""
+    cond = {k: torch.as_tensor(v) if isinstance(v, int | float | Sequence | np.ndarray) else v for k, v in cond.items()}
+    taken = take_rows(kernel.net, cond, rows, n)
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in taken.items()}
 
 
 def _path(

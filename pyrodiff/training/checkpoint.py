@@ -26,7 +26,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import quote, unquote
 
 import torch
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from pyrodiff import nets, schedules
 from pyrodiff._version import __version__
+from pyrodiff.classifier import NoisyClassifier
 from pyrodiff.diffusion import GaussianDiffusion
 from pyrodiff.errors import CheckpointError, OptionError
 
@@ -42,7 +43,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["load", "lock", "read", "save", "write"]
+__all__ = ["load", "load_classifier", "lock", "read", "save", "write"]
 
 FORMAT = 1
 MODEL = "model.safetensors"
@@ -59,6 +60,7 @@ _MALFORMED = (
     *(RuntimeError, TypeError, ValueError),
 )
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_KINDS = {GaussianDiffusion: "model", NoisyClassifier: "classifier"}
 
 
 def write(path: str | os.PathLike[str], tree: dict[str, Any], *, kind: str) -> None:
@@ -211,34 +213,36 @@ def _read(file: IO[bytes], name: str, kind: str) -> dict[str, Any]:
 
 
 def save(path: str | os.PathLike[str], diffusion: nn.Module, **extra: Any) -> None:
-    """Save a diffusion: its options, its network's and its weights.
+    """Save a diffusion, or a classifier: its options, its network's and its weights.
 
     Args:
         path: a folder, created if need be. It gets ``model.safetensors``, which is all that
             :func:`load` reads, and ``config.json``, a copy of the options for people to read.
-        diffusion: the :class:`~pyrodiff.GaussianDiffusion`; it or parts of it may be compiled.
+        diffusion: the :class:`~pyrodiff.GaussianDiffusion` or :class:`~pyrodiff.NoisyClassifier`; it or parts of it may be
+            compiled.
         extra: anything else to keep (see :func:`write`);
             ``read(folder / "model.safetensors", kind="model")["extra"]`` has it.
 
     Raises:
-        OptionError: not a diffusion, or ``extra`` holds what cannot be written.
+        OptionError: neither of the two, or ``extra`` holds what cannot be written.
         CheckpointError: a file cannot be written.
     """
     diffusion = _unwrapped(diffusion)
-    if not isinstance(diffusion, GaussianDiffusion):
-        raise OptionError(f"diffusion is a {type(diffusion).__name__}, not a GaussianDiffusion")
+    if not isinstance(diffusion, GaussianDiffusion | NoisyClassifier):
+        raise OptionError(f"diffusion is a {type(diffusion).__name__}, not a GaussianDiffusion or NoisyClassifier")
     net = _unwrapped(diffusion.net)
     names = [name for name, network in nets.REGISTRY.items() if network is type(net)]
     network = {"name": names[0], "arguments": net.config} if names else None
     options = {**diffusion.config, "schedule": _schedule_config(diffusion.schedule)}
     config = {**options, "network": network, "pyrodiff": __version__}
     state = {_name(key): value for key, value in diffusion.state_dict().items()}
+    kind = next(kind for cls, kind in _KINDS.items() if isinstance(diffusion, cls))
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot create {str(folder)!r}: {error.strerror}") from None
-    write(folder / MODEL, {"config": config, "state": state, "extra": extra}, kind="model")
+    write(folder / MODEL, {"config": config, "state": state, "extra": extra}, kind=kind)
     text = json.dumps(config, indent=2) + "\n"
     _replace(folder / "config.json", lambda file: file.write(text.encode()))
 
@@ -264,10 +268,34 @@ def load(
             not those of the network; ``net`` is then as it was.
         OptionError: ``net`` or ``schedule`` is needed.
     """
+    return _load(GaussianDiffusion, path, net, schedule, device)
+
+
+def load_classifier(
+    path: str | os.PathLike[str],
+    net: nn.Module | None = None,
+    *,
+    schedule: schedules.Schedule | None = None,
+    device: torch.device | str | None = None,
+) -> NoisyClassifier:
+    """Load a classifier that :func:`save` saved; see :func:`load`."""
+    return _load(NoisyClassifier, path, net, schedule, device)
+
+
+_Saved = TypeVar("_Saved", GaussianDiffusion, NoisyClassifier)
+
+
+def _load(
+    cls: type[_Saved],
+    path: str | os.PathLike[str],
+    net: nn.Module | None,
+    schedule: schedules.Schedule | None,
+    device: torch.device | str | None,
+) -> _Saved:
     path = Path(path)
     if path.is_dir():
         path = path / MODEL
-    tree, name = read(path, kind="model"), repr(str(path))
+    tree, name = read(path, kind=_KINDS[cls]), repr(str(path))
     config, state = tree.get("config"), tree.get("state")
     if not isinstance(config, dict) or not isinstance(state, dict):
         raise CheckpointError(f"{name} holds no config and state of a model")
@@ -282,7 +310,7 @@ def load(
             # the file holds, and the file's tensors then become the weights.
             with torch.device("meta"):
                 net = nets.build(network["name"], network["arguments"])
-        diffusion = GaussianDiffusion(net, schedule or schedules.from_config(options), **config)
+        diffusion = cls(net, schedule or schedules.from_config(options), **config)
     except _MALFORMED as error:
         raise CheckpointError(f"{name} has a config that does not work: {_line(error)}") from None
     own = diffusion.state_dict()

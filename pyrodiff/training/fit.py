@@ -32,8 +32,9 @@ from tqdm.auto import tqdm
 
 from .. import timesteps as draws
 from .._tensor import check_event
+from ..classifier import NoisyClassifier
 from ..diffusion import GaussianDiffusion
-from ..elbo import BitsPerDim, TraceMeanField_ELBO, bits_per_dim, elbo_terms, site_terms
+from ..elbo import BitsPerDim, Estimate, TraceMeanField_ELBO, bits_per_dim, elbo_terms, site_terms
 from ..errors import CheckpointError, DataError, DivergenceError, OptionError, check_option
 from . import checkpoint
 from .ema import EMA
@@ -53,7 +54,7 @@ class Fit:
     Attributes:
         steps: optimiser steps made, over all runs of this folder.
         best_step: the step whose averaged weights validated best (the last one, without validation data).
-        best: its validation bound, in bits/dim; None without validation data.
+        best: its validation bound, in bits/dim (a classifier's cross-entropy, in nats); None without validation data.
         skipped: steps left out because the loss or its gradient was not finite.
         seconds: wall time of this run.
         records: one dictionary per validation: step, mean training loss since the last one, bits per dim, ...
@@ -62,7 +63,7 @@ class Fit:
 
     steps: int = 0
     best_step: int = 0
-    best: BitsPerDim | None = None
+    best: Estimate | None = None
     skipped: int = 0
     seconds: float = 0.0
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -70,7 +71,7 @@ class Fit:
 
 
 def fit(
-    diffusion: GaussianDiffusion,
+    diffusion: GaussianDiffusion | NoisyClassifier,
     data: Tensor,
     validation: Tensor | None = None,
     *,
@@ -96,16 +97,18 @@ def fit(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Fit:
-    """Train a diffusion by stochastic variational inference.
+    """Train a diffusion, or a classifier of noisy examples, by stochastic variational inference.
 
     On return the diffusion holds the averaged weights of the best validation (of the last step, without validation data), on
     ``device``. The random state of torch outside is left as it was. Under torchrun each process takes its share of every
     batch (Lightning Fabric averages the gradients), has noise of its own, and only rank 0 writes.
 
     Args:
-        diffusion: what to train; its ``objective`` is what is minimised.
+        diffusion: what to train; its ``objective`` is what is minimised. A :class:`~pyrodiff.NoisyClassifier` needs the labels
+            ``cond={"y": ...}``; its loss is in nats per example.
         data: ``[N, *event]`` in model units.
-        validation: ``[M, *event]``, for choosing the best weights; scored by the ELBO whatever the objective.
+        validation: ``[M, *event]``, for choosing the best weights; scored by the ELBO whatever the objective (a classifier by
+            its cross-entropy, over all timesteps).
         cond, validation_cond: conditioning values with a row per example, by name (class labels ``y``, ...).
         steps: optimiser steps in all, those before a resume included.
         batch_size: examples per optimiser step, over all processes and accumulated parts.
@@ -228,7 +231,7 @@ def fit(
 
 
 def _check_data(
-    diffusion: GaussianDiffusion, name: str, x: Tensor, cond: dict[str, Tensor] | None
+    diffusion: GaussianDiffusion | NoisyClassifier, name: str, x: Tensor, cond: dict[str, Tensor] | None
 ) -> dict[str, Tensor]:
     check_event(name, x, diffusion.event_shape)
     if x.dim() != len(diffusion.event_shape) + 1 or not len(x):
@@ -241,7 +244,10 @@ def _check_data(
     if not x.isfinite().all():
         bad = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
         raise DataError(f"{name}[{bad}] holds NaN or infinite values")
-    diffusion.reverse_kernel.check_grid(name, x)
+    if isinstance(diffusion, GaussianDiffusion):
+        diffusion.reverse_kernel.check_grid(name, x)
+    elif "y" not in (cond or {}):
+        raise DataError(f"a classifier needs the labels y of {name}, a row for each example")
     for key, value in (cond or {}).items():
         if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != len(x):
             rows = len(value) if isinstance(value, Tensor) and value.dim() else "no"
@@ -334,7 +340,7 @@ class _Run:
 
     def __init__(
         self,
-        diffusion: GaussianDiffusion,
+        diffusion: GaussianDiffusion | NoisyClassifier,
         options: dict[str, Any],
         engine: _Engine,
         folder: str | Path | None,
@@ -347,7 +353,7 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(checkpoint.lock(self.folder))
         self.result = Fit()
-        self.dims = diffusion.event_shape.numel()
+        self.dims = diffusion.event_shape.numel() if isinstance(diffusion, GaussianDiffusion) else 1
         self.elbo = _recording(ELBOS[options["kl"]])()
         self.loss: nn.Module = self.elbo(diffusion.model, diffusion.guide)
         self.optimizer: Any = torch.optim.AdamW(
@@ -414,7 +420,7 @@ class _Run:
             model_trace, guide_trace = self.elbo.traces
             terms = site_terms(model_trace, guide_trace, self.options["kl"])
             prefix = f"{self.diffusion.name}_" if self.diffusion.name else ""
-            names = [f"{prefix}{name}" for name in ("x_s", "x_0", "x_objective")]  # those that carry the weight
+            names = [f"{prefix}{name}" for name in ("x_s", "x_0", "x_objective", "y")]  # those that carry the weight
             scaled = torch.stack([terms[name].detach() for name in names if name in terms]).sum(0)
             # With data_size the sites carry Pyro's N / B too: the same factor for all.
             self.sampler.update(self.engine.gather(t).cpu(), self.engine.gather(scaled / weight).cpu())
@@ -458,8 +464,10 @@ class _Run:
             text = f"{running / math.log(2):.3f} bits/dim"
         else:
             text = f"{self.diffusion.objective} {running:.4f}"
-        if self.result.records and "validation_bits_per_dim" in self.result.records[-1]:
-            text += f", validation {self.result.records[-1]['validation_bits_per_dim']:.3f}"
+        for record in self.result.records[-1:]:
+            for name in ("bits_per_dim", self.diffusion.objective):
+                if f"validation_{name}" in record:
+                    text += f", validation {record[f'validation_{name}']:.3f}"
         return text
 
     # ------------------------------------------------------------------ validation and checkpoints
@@ -473,7 +481,7 @@ class _Run:
         record: dict[str, Any] = {"step": self.result.steps, "train_loss_nats_per_dim": mean, "lr": self._last_lr()}
         if mean is not None and self.diffusion.objective == "elbo":
             record["train_bits_per_dim"] = mean / math.log(2)
-        bound = None
+        bound: Estimate | None = None
         with self.ema.swapped_in():
             if score is not None:
                 x0, cond, count, batch_size = score
@@ -482,11 +490,8 @@ class _Run:
                 # The same noise every time: differences between validations are the weights'.
                 with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                     _seed(device, self.options["seed"])
-                    columns = count if self.diffusion.steps > 1 else None
-                    options: Any = {"repeats": 2, "batch_size": batch_size, **cond}
-                    terms = elbo_terms(self.diffusion, x0.to(device), columns, **options)
-                bound = bits_per_dim(terms)
-                record |= {"validation_bits_per_dim": bound.mean, "validation_se_noise": bound.se_noise}
+                    bound, figures = _validation(self.diffusion, x0.to(device), cond, count, batch_size)
+                record |= figures
             best = self.result.best
             # A bound that is not finite is never the best, but for want of another.
             if bound is None or best is None or bound.mean < best.mean or math.isnan(best.mean):
@@ -557,7 +562,8 @@ class _Run:
             self.sampler.load_state_dict(tree["sampler"])
         saved = tree["result"]
         best = saved.pop("best")
-        self.result = Fit(best=None if best is None else BitsPerDim(*best), **saved)
+        kind = BitsPerDim if isinstance(self.diffusion, GaussianDiffusion) else Estimate
+        self.result = Fit(best=None if best is None else kind(*best), **saved)
         self.running, self.total, self.counted = tree["running"]
         self.skipped_in_a_row = tree["skipped_in_a_row"]
         if self.folder is not None:
@@ -577,6 +583,22 @@ class _Run:
         self.diffusion.eval()
 
 
+def _validation(
+    diffusion: GaussianDiffusion | NoisyClassifier, x0: Tensor, cond: dict[str, Any], count: int, batch_size: int
+) -> tuple[Estimate, dict[str, float]]:
+    """What the best weights have least of, and the figures for the record."""
+    if isinstance(diffusion, NoisyClassifier):
+        entropy, accuracy = diffusion.score(x0, **cond, count=count, batch_size=batch_size)
+        return entropy, {
+            "validation_cross_entropy": entropy.mean,
+            "validation_se_noise": entropy.se_noise,
+            "validation_accuracy": accuracy,
+        }
+    columns = count if diffusion.steps > 1 else None
+    bound = bits_per_dim(elbo_terms(diffusion, x0, columns, repeats=2, batch_size=batch_size, **cond))
+    return bound, {"validation_bits_per_dim": bound.mean, "validation_se_noise": bound.se_noise}
+
+
 def _recording(cls: Any) -> Any:
     """An ELBO that keeps its last traces; ``strict`` where it knows the word."""
 
@@ -590,9 +612,9 @@ def _recording(cls: Any) -> Any:
     return Recording
 
 
-def _count_outside_range(diffusion: GaussianDiffusion, stack: contextlib.ExitStack) -> Any:
+def _count_outside_range(diffusion: GaussianDiffusion | NoisyClassifier, stack: contextlib.ExitStack) -> Any:
     """With a learned range, which is not clamped: the share of variance outputs outside [-1, 1] since the last call."""
-    if diffusion.reverse_kernel.variance != "learned_range":
+    if not isinstance(diffusion, GaussianDiffusion) or diffusion.reverse_kernel.variance != "learned_range":
         return None
     counts = []
 
