@@ -318,12 +318,12 @@ def register(diffusion: GaussianDiffusion, module: nn.Module, prefix: str = "") 
         for m in _PYRO_STACK
     )
     known = pyro.get_param_store()._params
+    held: dict[str, Any] = {}
     for name, parameter in module.named_parameters(prefix=_names[diffusion] + "$$$" + prefix):
         if not parameter.requires_grad:
             continue
         if direct and known.get(name) is parameter:
-            for trace in traces:
-                trace.add_node(name, type="param", name=name, value=parameter)
+            held[name] = {"type": "param", "name": name, "value": parameter}
         elif pyro.param(name, parameter)._cdata != parameter._cdata:
             remedy = (
                 "after an exchange such as load_state_dict(assign=True), call pyro.clear_param_store(), make a new SVI"
@@ -333,6 +333,10 @@ def register(diffusion: GaussianDiffusion, module: nn.Module, prefix: str = "") 
             raise ProgramError(
                 f"Pyro's parameter store holds another tensor under {name}, and would train that one; {remedy}"
             )
+    for trace in traces:  # as Trace.add_node, all at once
+        trace.nodes.update(held)
+        trace._pred.update({name: set() for name in held})
+        trace._succ.update({name: set() for name in held})
 
 
 class Model(Program):
