@@ -17,7 +17,7 @@ from .inference_data import compare_models, to_datatree
 from .laboratory.budget import estimate_elbo
 from .laboratory.compare import compare_estimators
 from .reverse import ReverseKernel
-from .sample import invert, sample, trajectory
+from .sample import invert, rsample, sample, step_log_probs, trajectory
 from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, TableSchedule
 from .training.checkpoint import load, load_classifier, save
 from .training.data import load_data
@@ -50,9 +50,11 @@ __all__ = [
     "load_classifier",
     "load_data",
     "nets",
+    "rsample",
     "sample",
     "save",
     "schedules",
+    "step_log_probs",
     "timesteps",
     "to_datatree",
     "trajectory",

@@ -30,15 +30,19 @@ References:
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from ._tensor import append_dims, check_event, take_rows
@@ -49,7 +53,19 @@ from .forward import ForwardProcess
 from .reverse import Prediction, ReverseKernel
 from .schedules import RespacedSchedule
 
-__all__ = ["METHODS", "ancestral", "ddim", "dpm_2m", "heun", "invert", "sample", "trajectory"]
+__all__ = [
+    "METHODS",
+    "Move",
+    "ancestral",
+    "ddim",
+    "dpm_2m",
+    "heun",
+    "invert",
+    "rsample",
+    "sample",
+    "step_log_probs",
+    "trajectory",
+]
 
 Classifier = Callable[..., Tensor]
 """``log_prob(x_t, t, **told)``: log p(y | x_t) up to a constant, ``[B]``, for states ``[B, *event]`` at steps ``[B]``."""
@@ -110,61 +126,71 @@ class Guided:
     def _gradient(self, x_t: Tensor, t: int) -> Tensor | None:
         if self.classifier is None:
             return None
+        differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
+            x = x_t if differentiable and x_t.requires_grad else x_t.detach().requires_grad_()
             steps = torch.full((len(x),), self.own_t[t - 1], device=x.device)
             log_prob = self.classifier(x, steps)
             if log_prob.shape != steps.shape:
                 raise ShapeError(f"classifier returns shape {list(log_prob.shape)}, not one value for each of {len(x)}")
-            return torch.autograd.grad(log_prob.sum(), x)[0]
+            return torch.autograd.grad(log_prob.sum(), x, create_graph=differentiable)[0]
 
 
 Kernel = ReverseKernel | Guided
-Step = Callable[[Kernel, Tensor, int, Tensor, float, dict[str, Any]], Tensor]
+
+
+class Move(NamedTuple):
+    """The law of x_s given x_t, and what the next step may want to know.
+
+    Attributes:
+        mean: ``[B, *event]``.
+        std: its standard deviation, which broadcasts to the mean's shape; 0 where the step is deterministic.
+        x0_hat: the estimate of x_0 at x_t, of a method that looks back.
+    """
+
+    mean: Tensor
+    std: Tensor
+    x0_hat: Tensor | None = None
+
+
+Step = Callable[[Kernel, Tensor, int, Tensor | None, float, dict[str, Any]], Move]
+"""``step(p, x_t, t, before, eta, cond)``; ``before`` is the last step's x0_hat."""
 
 
 # ---------------------------------------------------------------------- the methods: x_s from x_t, s = t - 1
 
 
-def ancestral(p: Kernel, x_t: Tensor, t: int, noise: Tensor, eta: float, cond: dict[str, Any]) -> Tensor:
-    r"""A draw from :math:`p(x_{t-1} \mid x_t)`: DDPM's algorithm 2, line 4 (``eta`` is not used)."""
+def ancestral(p: Kernel, x_t: Tensor, t: int, before: Tensor | None, eta: float, cond: dict[str, Any]) -> Move:
+    r"""The law :math:`p(x_{t-1} \mid x_t)`: DDPM's algorithm 2, line 4 (``eta`` is not used)."""
     law = p(x_t, t, **cond)
-    return law.mean + law.stddev * noise
+    return Move(law.mean, law.stddev)
 
 
-def ddim(p: Kernel, x_t: Tensor, t: int, noise: Tensor, eta: float, cond: dict[str, Any]) -> Tensor:
+def ddim(p: Kernel, x_t: Tensor, t: int, before: Tensor | None, eta: float, cond: dict[str, Any]) -> Move:
     r"""DDIM eq. 12: keep the noise that :math:`\hat x_0` implies, but for a share eta of the posterior's variance.
 
     eta = 0 is deterministic, and the flow's first-order solver; eta = 1 has the posterior's variance, which is
     ``"fixed_small"``.
     """
-    return _keep_noise(p, x_t, t, t - 1, p.denoise(x_t, t, **cond), noise, eta)
+    return _keep_noise(p, x_t, t, t - 1, p.denoise(x_t, t, **cond), eta)
 
 
-def dpm_2m() -> Step:
+def dpm_2m(p: Kernel, x_t: Tensor, t: int, before: Tensor | None, eta: float, cond: dict[str, Any]) -> Move:
     r"""DPM-Solver++(2M): DDIM's step from :math:`\hat x_0` extrapolated, linearly in log-SNR, to the middle of the step.
 
-    eta = 0 solves the flow; eta = 1 the reverse SDE (SDE-DPM-Solver++), in law. The first step is DDIM's. Returns the step
-    of one walk, which remembers the last :math:`\hat x_0`.
+    eta = 0 solves the flow; eta = 1 the reverse SDE (SDE-DPM-Solver++), in law. The first step is DDIM's.
     """
-    before: Tensor | None = None
-
-    def step(p: Kernel, x_t: Tensor, t: int, noise: Tensor, eta: float, cond: dict[str, Any]) -> Tensor:
-        nonlocal before
-        x0_hat = middle = p.denoise(x_t, t, **cond)
-        if before is not None:
-            earlier, now, later = (_log_snr(p.forward_process, x_t, u) for u in (t + 1, t, t - 1))
-            middle = x0_hat + ((later - now) / (2 * (now - earlier))).to(x_t) * (x0_hat - before)
-        before = x0_hat
-        return _keep_noise(p, x_t, t, t - 1, middle, noise, eta)
-
-    return step
+    x0_hat = middle = p.denoise(x_t, t, **cond)
+    if before is not None:
+        earlier, now, later = (_log_snr(p.forward_process, x_t, u) for u in (t + 1, t, t - 1))
+        middle = x0_hat + ((later - now) / (2 * (now - earlier))).to(x_t) * (x0_hat - before)
+    return _keep_noise(p, x_t, t, t - 1, middle, eta)._replace(x0_hat=x0_hat)
 
 
-def heun(p: Kernel, x_t: Tensor, t: int, noise: Tensor, eta: float, cond: dict[str, Any]) -> Tensor:
+def heun(p: Kernel, x_t: Tensor, t: int, before: Tensor | None, eta: float, cond: dict[str, Any]) -> Move:
     r"""Heun's method in :math:`x_t / \alpha_t` as a function of :math:`\sigma_t / \alpha_t`: EDM's algorithm 1, second order.
 
-    Two network calls for a step but the last, which is the denoiser (``eta`` and the noise are not used).
+    Two network calls for a step but the last, which is the denoiser (``eta`` is not used).
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = (_scales(p.forward_process, x_t, u) for u in (t, t - 1))
     noise_t, noise_s = sigma_t / alpha_t, sigma_s / alpha_s
@@ -172,16 +198,16 @@ def heun(p: Kernel, x_t: Tensor, t: int, noise: Tensor, eta: float, cond: dict[s
     slope = (x - p.denoise(x_t, t, **cond)) / noise_t.to(x)
     ahead = x + length * slope  # Euler's step, which is DDIM's
     slope_ahead = (ahead - p.denoise(alpha_s.to(x) * ahead, t - 1, **cond)) / noise_s.to(x)
-    return alpha_s.to(x) * (x + length * (slope + slope_ahead) / 2)
+    return Move(alpha_s.to(x) * (x + length * (slope + slope_ahead) / 2), x.new_zeros(()))
 
 
-def _keep_noise(p: Kernel, x_t: Tensor, t: int, s: int, x0_hat: Tensor, noise: Tensor | float, eta: float) -> Tensor:
-    """x_s of DDIM's eq. 12; without eta s may be later than t too."""
+def _keep_noise(p: Kernel, x_t: Tensor, t: int, s: int, x0_hat: Tensor, eta: float) -> Move:
+    """DDIM's eq. 12; without eta s may be later than t too."""
     q = p.forward_process
     (alpha_t, sigma_t), (alpha_s, sigma_s) = _scales(q, x_t, t), _scales(q, x_t, s)
     std = eta * q.posterior_terms(x_t, t)[3].sqrt()
     eps_hat = (x_t - alpha_t.to(x_t) * x0_hat) / sigma_t.to(x_t)
-    return alpha_s.to(x_t) * x0_hat + (sigma_s**2 - std**2).sqrt().to(x_t) * eps_hat + std.to(x_t) * noise
+    return Move(alpha_s.to(x_t) * x0_hat + (sigma_s**2 - std**2).sqrt().to(x_t) * eps_hat, std.to(x_t))
 
 
 def _log_snr(q: ForwardProcess, x: Tensor, t: int) -> Tensor:
@@ -196,12 +222,7 @@ def _scales(q: ForwardProcess, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
     return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
 
 
-METHODS: dict[str, Callable[[], Step]] = {
-    "ancestral": lambda: ancestral,
-    "ddim": lambda: ddim,
-    "dpm++2m": dpm_2m,
-    "heun": lambda: heun,
-}
+METHODS: dict[str, Step] = {"ancestral": ancestral, "ddim": ddim, "dpm++2m": dpm_2m, "heun": heun}
 _WITH_ETA = ("ddim", "dpm++2m")
 
 
@@ -255,16 +276,67 @@ def sample(
         OptionError: an option outside its set; guidance that the network has no null conditioning for.
         ShapeError: ``x_T``, ``cond`` or what the classifier returns has another shape.
     """
-    ends = _walk(
-        lambda path: deque(path, maxlen=1)[0], diffusion, n, method, steps, seed, last, eta=eta, guidance_scale=guidance_scale,
-        classifier=classifier, classifier_cond=classifier_cond, x_T=x_T, batch_size=batch_size, progress=progress, **cond,
+    walks = _walks(
+        diffusion, n, method, steps, seed, last, eta=eta, guidance_scale=guidance_scale, classifier=classifier,
+        classifier_cond=classifier_cond, x_T=x_T, batch_size=batch_size, progress=progress, **cond,
     )  # fmt: skip
-    return torch.cat(ends)
+    with torch.no_grad():
+        return torch.cat([deque(walk.path(), maxlen=1)[0] for walk in walks])
 
 
 def trajectory(diffusion: GaussianDiffusion, n: int, *args: Any, **options: Any) -> Tensor:
     """The whole path of each sample, x_T, ..., x_0: ``[K + 1, n, *event]``; arguments of :func:`sample`, which returns the last."""
-    return torch.cat(_walk(lambda path: torch.stack(list(path)), diffusion, n, *args, **options), dim=1)
+    with torch.no_grad():
+        return torch.cat([torch.stack(list(walk.path())) for walk in _walks(diffusion, n, *args, **options)], dim=1)
+
+
+def rsample(diffusion: GaussianDiffusion, n: int, *args: Any, **options: Any) -> Tensor:
+    """:func:`sample` with gradients: with respect to the network, ``x_T``, ``cond``, a learned schedule or decoder.
+
+    The same numbers at the same seed, which makes differences between two models, or two values of a parameter, those of
+    common random numbers. The backward pass walks the chain again, in pieces of sqrt(T) steps: what is kept is 2 sqrt(T) states
+    and one network call's activations, for three calls a step instead of one.
+
+    Args:
+        diffusion, n, args, options: of :func:`sample`.
+
+    Returns:
+        ``[n, *event]``, on the autograd graph.
+
+    Raises:
+        OptionError: also ``last="sample"`` with bins, which would round.
+    """
+    return torch.cat([walk.end() for walk in _walks(diffusion, n, *args, **options)])
+
+
+def step_log_probs(diffusion: GaussianDiffusion, path: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Log-probability of every step of a path, given the state before it: what a policy gradient needs.
+
+    A reverse chain is a policy whose action at x_t is x_s (Black et al., 2023, https://arxiv.org/abs/2305.13301); this is the
+    log-density of its actions, differentiable with respect to the model that is asked, which need not be the one that drew them.
+    The activations of one step are kept at a time.
+
+    Args:
+        diffusion: the model.
+        path: x_T, ..., x_0, ``[K + 1, n, *event]``, such as :func:`trajectory` returns.
+        args, options: those that the path was drawn with, of :func:`sample`, method first; seed, ``x_T`` and ``progress`` say nothing.
+
+    Returns:
+        Nats, ``[K, n]`` with ``last="sample"``: x_{K-1} given x_K, ..., x_0 given x_1 (with bins: of its level); ``[K - 1, n]``
+        with ``last="mean"``, where the last step is deterministic.
+
+    Raises:
+        OptionError: a method whose steps are deterministic.
+        ShapeError: the path has another number of states.
+    """
+    n, found = path.shape[1] if path.dim() > 1 else 0, []
+    first = 0
+    for walk in _walks(diffusion, n, *args, **options):
+        if len(path) != walk.length + 1:
+            raise ShapeError(f"path has {len(path)} states, and the chain {walk.length + 1}")
+        found.append(walk.log_probs(path[:, first : first + len(walk.x)].to(walk.x)))
+        first += len(walk.x)
+    return torch.cat(found, dim=1)
 
 
 def invert(
@@ -297,13 +369,12 @@ def invert(
         for rows in torch.arange(len(x0), device=x0.device).split(batch_size):
             part, x_t = take_rows(p.net, cond, rows, len(x0)), x0[rows]
             for t in range(1, p.schedule.steps):
-                x_t = _keep_noise(p, x_t, t, t + 1, p.denoise(x_t, t, **part), 0.0, 0.0)
+                x_t = _keep_noise(p, x_t, t, t + 1, p.denoise(x_t, t, **part), 0.0).mean
             found.append(x_t)
     return torch.cat(found)
 
 
-def _walk(
-    keep: Callable[[Iterator[Tensor]], Tensor],
+def _walks(
     diffusion: GaussianDiffusion,
     n: int,
     method: str = "ancestral",
@@ -319,8 +390,8 @@ def _walk(
     batch_size: int = 256,
     progress: bool = False,
     **cond: Any,
-) -> list[Tensor]:
-    """What ``keep`` makes of the path of each batch, x_T, ..., x_0."""
+) -> Iterator[Walk]:
+    """The walks of the batches, one after the other."""
     check_option("method", method, METHODS)
     check_option("last", last, ("mean", "sample"))
     if n < 1 or batch_size < 1:
@@ -341,12 +412,12 @@ def _walk(
     length = kernel.schedule.steps
     respaced = steps is not None and isinstance(kernel.schedule, RespacedSchedule)
     own_t = cast("RespacedSchedule", kernel.schedule).kept if respaced else range(1, length + 1)
-    batches, kept = range(0, n, batch_size), []
+    batches = range(0, n, batch_size)
     bar = tqdm(
         total=length * len(batches), desc="sampling", unit="step", delay=2, disable=not progress, dynamic_ncols=True,
         leave=False,
     )  # fmt: skip
-    with diffusion.evaluating(), torch.no_grad(), bar:
+    with bar:
         for first in batches:
             rows = slice(first, min(first + batch_size, n))
             given = _rows(kernel, cond, rows, n, like.device)
@@ -354,11 +425,121 @@ def _walk(
             if guidance_scale != 1 or classifier is not None:
                 log_prob = classifier and partial(classifier, **_rows(kernel, told, rows, n, like.device))
                 p = Guided(kernel, guidance_scale, log_prob, own_t)
-            noises = _noise(seed, range(n)[rows], length + 1, diffusion.event_shape, like)
-            x = next(noises)
+            # torch's CPU generator keeps 32 bits of a seed: among 100,000 examples two would be twins. numpy's keep all.
+            streams = [np.random.default_rng([seed % 2**64, i]) for i in range(n)[rows]]
+            x = next(_noise(streams, 1, diffusion.event_shape, like))
             start = x if x_T is None else x_T[rows].to(x)
-            kept.append(keep(_path(p, kernel, method, start, noises, eta, last, given, bar)))
-    return kept
+            yield Walk(diffusion, p, kernel, METHODS[method], eta, last, given, start, streams, bar)
+
+
+@dataclass
+class Walk:
+    """A batch on its way from x_T to x_0.
+
+    Attributes:
+        diffusion: whose network is evaluated.
+        p: the kernel, perhaps guided.
+        kernel: the kernel.
+        step, eta, last, cond: of :func:`sample`.
+        x: x_T.
+        streams: a generator of noise for each example.
+        bar: what shows the progress.
+    """
+
+    diffusion: GaussianDiffusion
+    p: Kernel
+    kernel: ReverseKernel
+    step: Step
+    eta: float
+    last: str
+    cond: dict[str, Any]
+    x: Tensor
+    streams: list[np.random.Generator]
+    bar: tqdm[NoReturn]
+
+    @property
+    def length(self) -> int:
+        """Number of steps."""
+        return self.kernel.schedule.steps
+
+    def move(self, x_t: Tensor, t: int, before: Tensor | None) -> Move:
+        """One step but the last."""
+        with self.diffusion.evaluating():
+            return self.step(self.p, x_t, t, before, self.eta, self.cond)
+
+    def decode(self, x_1: Tensor) -> Move:
+        """The last step, before any rounding; its standard deviation is 0 where the decoder's mean is asked for."""
+        with self.diffusion.evaluating():
+            guided, drawn = self.step is ancestral, self.last == "sample"
+            law = self.p(x_1, 1, **self.cond) if guided or drawn else None
+            mean = law.mean if law is not None and guided else self.p.denoise(x_1, 1, **self.cond)
+            return Move(mean, law.stddev if law is not None and drawn else x_1.new_zeros(()))
+
+    def path(self) -> Iterator[Tensor]:
+        """The states x_T, ..., x_0."""
+        noises = _noise(self.streams, self.length, self.diffusion.event_shape, self.x)
+        x, before = self.x, None
+        yield x
+        for t in range(self.length, 1, -1):
+            mean, std, before = self.move(x, t, before)
+            x = mean + std * next(noises)
+            yield x
+            self.bar.update()
+        mean, std, _ = self.decode(x)
+        x = mean + std * next(noises)
+        if self.last == "sample" and self.kernel.bins is not None:
+            x = self.kernel.law_of_x_0(mean, std, 0).snap(x)
+        yield x
+        self.bar.update()
+
+    def end(self) -> Tensor:
+        """x_0 on the autograd graph; the chain is checkpointed in pieces of sqrt(T) steps, and these by step."""
+        if self.last == "sample" and self.kernel.bins is not None:
+            raise OptionError('last="sample" with bins rounds to their grid, which has no gradient: take last="mean"')
+        shape, size = self.diffusion.event_shape, math.isqrt(self.length) + 1
+        x, before = self.x, None
+        steps = range(self.length, 1, -1)
+        for piece in (steps[i : i + size] for i in range(0, len(steps), size)):
+            # The backward pass walks the piece again, with the same noise.
+            streams = copy.deepcopy(self.streams)
+            x, before = _checkpoint(self._walk, x, before, piece, streams)
+            deque(_noise(self.streams, len(piece), shape, self.x), maxlen=0)
+            self.bar.update(len(piece))
+        mean, std, _ = _checkpoint(self.decode, x)
+        return mean + std * next(_noise(self.streams, 1, shape, self.x))
+
+    def _walk(
+        self, x: Tensor, before: Tensor | None, steps: range, streams: list[np.random.Generator]
+    ) -> tuple[Tensor, Tensor | None]:
+        noises = _noise(copy.deepcopy(streams), len(steps), self.diffusion.event_shape, self.x)
+        for t, noise in zip(steps, noises, strict=True):
+            mean, std, before = _checkpoint(self.move, x, t, before)
+            x = mean + std * noise
+        return x, before
+
+    def log_probs(self, path: Tensor) -> Tensor:
+        """Of each step of a path ``[T + 1, B, *event]``: ``[T, B]``, or ``[T - 1, B]`` where the last step is deterministic."""
+        before, found = None, []
+        event_dim = len(self.diffusion.event_shape)
+        for x_t, x_s, t in zip(path, path[1:], range(self.length, 1, -1), strict=False):
+            mean, std, before = _checkpoint(self.move, x_t, t, before)
+            if not std.all():
+                raise OptionError(
+                    "steps without noise have no density: take ancestral, or ddim or dpm++2m with eta above 0"
+                )
+            found.append(Gaussian(mean, std.expand(mean.shape)).to_event(event_dim).log_prob(x_s))
+            self.bar.update()
+        if self.last == "sample":
+            mean, std, _ = _checkpoint(self.decode, path[-2])
+            found.append(self.kernel.law_of_x_0(mean, std.expand(mean.shape), event_dim).log_prob(path[-1]))
+        return torch.stack(found) if found else self.x.new_zeros(0, len(self.x))
+
+
+def _checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+    """The function's value, its activations computed again in the backward pass; it draws nothing from torch's generators."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _rows(kernel: ReverseKernel, cond: dict[str, Any], rows: slice, n: int, device: torch.device) -> dict[str, Any]:
@@ -368,32 +549,8 @@ def _rows(kernel: ReverseKernel, cond: dict[str, Any], rows: slice, n: int, devi
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in taken.items()}
 
 
-def _path(
-    p: Kernel, kernel: ReverseKernel, method: str, x: Tensor, noises: Iterator[Tensor], eta: float, last: str,
-    cond: dict[str, Any], bar: tqdm[NoReturn],
-) -> Iterator[Tensor]:  # fmt: skip
-    """The states of a batch."""
-    yield x
-    step = METHODS[method]()
-    for t, noise in zip(range(kernel.schedule.steps, 1, -1), noises, strict=False):
-        x = step(p, x, t, noise, eta, cond)
-        yield x
-        bar.update()
-    if last == "sample" or method == "ancestral":
-        law = p(x, 1, **cond)
-    x = law.mean if method == "ancestral" else p.denoise(x, 1, **cond)
-    if last == "sample":
-        x = x + law.stddev * next(noises)
-        if kernel.bins is not None:
-            x = kernel.law_of_x_0(law.mean, law.stddev, 0).snap(x)
-    yield x
-    bar.update()
-
-
-def _noise(seed: int, indices: range, length: int, event_shape: torch.Size, like: Tensor) -> Iterator[Tensor]:
+def _noise(streams: list[np.random.Generator], length: int, event_shape: torch.Size, like: Tensor) -> Iterator[Tensor]:
     """``length`` tensors ``[n, *event]`` of standard normal noise, each example from its own stream."""
-    # torch's CPU generator keeps 32 bits of a seed: among 100,000 examples two would be twins. numpy's keep all.
-    streams = [np.random.default_rng([seed % 2**64, i]) for i in indices]
     dtype = np.float64 if like.dtype == torch.float64 else np.float32
     size = max(1, 2**16 // max(1, event_shape.numel()))  # steps drawn at once: few calls, little memory
     for first in range(0, length, size):

@@ -305,8 +305,8 @@ def draw(monkeypatch):
 
     def of(run, name, dtype=torch.float32, **options):
         noise = loops().get(f"{run}/{name}/noise_T_to_1", loops()[f"{run}/ddim0/noise_T_to_1"])
-        states = [z.to(dtype) for z in (loops()[f"{run}/x_T"], *noise)]
-        monkeypatch.setattr(module, "_noise", lambda *args: iter(states))
+        states = iter([z.to(dtype) for z in (loops()[f"{run}/x_T"], *noise)])
+        monkeypatch.setattr(module, "_noise", lambda *args: states)
         return sample(build_run(run), 2, **(SAMPLERS[name] | options))
 
     return of

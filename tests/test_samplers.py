@@ -88,7 +88,8 @@ def test_order_of_convergence_to_the_reverse_sde(method, order, monkeypatch):
         # dim k has noise, 1, in step k alone: what it makes of x_1 is the step's share of the standard deviation
         diffusion = gaussian(Uneven(steps + 1), dims=steps + 1)
         x_T, unit = torch.full((1, steps + 1), X_T, dtype=torch.float64), torch.eye(steps + 1, dtype=torch.float64)
-        monkeypatch.setattr(module, "_noise", lambda *args, unit=unit: iter([unit[-1:], *unit.split(1)]))
+        noises = iter([unit[-1:], *unit.split(1)])
+        monkeypatch.setattr(module, "_noise", lambda *args, noises=noises: noises)
         x_1 = trajectory(diffusion, 1, method, eta=1.0, x_T=x_T)[-2, 0]
         mean, variance = x_1[-1], (x_1[:-1] - x_1[-1]).square().sum()
         (m_1, sd_1, alpha_1), (m_T, sd_T, alpha_T) = moments(diffusion, 1), moments(diffusion, steps + 1)
