@@ -719,17 +719,16 @@ def impulse_responses(monkeypatch, diffusion, **options):
     """
     length = diffusion.steps if options.get("steps") is None else int(options["steps"])
 
-    def noise(seed, indices, count, event_shape, like):
-        assert count == length + 1
-        assert like.dtype == F64
-        for i in range(count):
-            z = torch.zeros(len(indices), *event_shape, dtype=F64)
-            z[[j == i for j in indices]] = 1.0
-            yield z
+    # one row of x_T, z_T, ..., z_1 is 1 in the sample of its number, and the last sample has none
+    units = torch.eye(length + 1, length + 2, dtype=F64).reshape(
+        length + 1, length + 2, *(1,) * len(diffusion.event_shape)
+    )
+    noises = iter(units.expand(-1, -1, *diffusion.event_shape))
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "_noise", noise)
+        patch.setattr(sampling, "_noise", lambda *args: noises)
         x0 = pyrodiff.sample(diffusion, length + 2, batch_size=length + 2, **options)[:, 0]
+    assert next(noises, None) is None
     return x0[-1], x0[:-1] - x0[-1]
 
 
