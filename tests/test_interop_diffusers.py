@@ -190,6 +190,22 @@ def test_what_diffusers_cannot_hold_is_named(tmp_path, network, options, named):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_null_class_is_their_last_class(tmp_path):
+    net = UNet(2, width=16, multipliers=[1, 2], blocks=1, norm_groups=4, classes=3, label_dropout=0.2)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    diffusion = GaussianDiffusion(net.eval(), pyrodiff.CosineSchedule(10), (2, 8, 8))
+    interop.save(tmp_path, diffusion)
+    assert json.loads((tmp_path / "config.json").read_text())["num_class_embeds"] == 4
+    back = interop.load(tmp_path).net
+    assert (back.config["classes"], back.null_cond, net.null_cond) == (4, {}, {"y": 3})
+    x, log_snr = torch.randn(4, 2, 8, 8), diffusion.schedule.log_snr(torch.arange(1, 5)).float()
+    with torch.no_grad():
+        expected = net(x, log_snr, y=torch.arange(4))
+        torch.testing.assert_close(back(x, log_snr, y=torch.arange(4)), expected, atol=1e-6, rtol=1e-6)
+        assert (back(x, log_snr, y=torch.zeros(4, dtype=torch.int64)) - expected)[3].abs().max() > 1e-3
+
+
 def test_vectors_have_no_unet(tmp_path):
     diffusion = GaussianDiffusion(pyrodiff.nets.MLP(2), pyrodiff.CosineSchedule(10), (2,))
     with pytest.raises(OptionError, match="MLP"):

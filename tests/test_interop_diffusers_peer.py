@@ -210,6 +210,7 @@ OURS: dict[str, dict[str, Any]] = {
     "log-SNR": {"attention": [1], "heads": 2},
     "conv": {"attention": [1], "heads": 1, "resample": "conv", "scale_shift": False},
     "classes": {"classes": 3, "head_channels": 8, "attention": [0, 1]},
+    "null class": {"classes": 2, "label_dropout": 0.1},
     "heads first": {"attention": [1], "heads": 2, "attention_order": "heads_first"},
     "after": {"resample": "conv", "downsample_padding": "after", "norm_eps": 1e-6, "middle_attention": "none"},
     "plain": {"middle_attention": "plain"},
@@ -239,7 +240,7 @@ def test_our_networks_give_our_outputs_there(tmp_path, name):
     interop.save(tmp_path, diffusion)
     net = peer.UNet2DModel.from_pretrained(tmp_path).eval()
     x, t = torch.randn(4, 2, 8, 8), torch.tensor([1, 2, 57, 100])
-    y = torch.tensor([0, 2, 1, 1]) if name == "classes" else None
+    y = torch.tensor([0, 2, 1, 1]) if "class" in name else None  # 2 is the null class, of two classes
     cond = {} if y is None else {"y": y}
     with torch.no_grad():
         expected = diffusion.net(x, diffusion.schedule.log_snr(t).float(), **cond)

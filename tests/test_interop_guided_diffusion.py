@@ -18,7 +18,7 @@ import pyrodiff
 from pyrodiff import GaussianDiffusion
 from pyrodiff.errors import CheckpointError, OptionError
 from pyrodiff.interop import guided_diffusion as interop
-from pyrodiff.interop.cards import CARDS, Card
+from pyrodiff.interop.cards import CARDS, CLASSIFIERS, Card, ClassifierCard
 from pyrodiff.nets import UNet
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -208,7 +208,7 @@ def test_the_file_s_name_names_the_card(tmp_path):
     mine = Card(image_size=32, attention_resolutions=(8,))
     assert interop.as_card(None, tmp_path / "mine.pt") == mine
     assert interop.as_card(tmp_path / "mine.json") == mine
-    for card, path in ((None, tmp_path / "other.pt"), ("64x64", ""), ("64x64_classifier", "")):
+    for card, path in ((None, tmp_path / "other.pt"), ("64x64", "")):
         with pytest.raises(OptionError, match="64x64_diffusion"):
             interop.as_card(card, path)
 
@@ -331,6 +331,179 @@ def test_what_guided_diffusion_cannot_hold_is_named(tmp_path, network, options, 
     with pytest.raises(OptionError, match=named):
         interop.save(tmp_path / "out.pt", diffusion)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_null_class_is_their_last_class(tmp_path):
+    net = UNet(
+        2, width=32, multipliers=[1, 2], blocks=1, norm_groups=32, time_embedding="index", classes=3, label_dropout=0.2
+    )
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    diffusion = GaussianDiffusion(net.eval(), pyrodiff.CosineSchedule(10), (2, 8, 8))
+    assert interop.card_of(diffusion).num_classes == 4
+    interop.save(tmp_path / "out.pt", diffusion)
+    back = interop.load(tmp_path / "out.pt").net
+    assert (back.config["classes"], back.null_cond, net.null_cond) == (4, {}, {"y": 3})
+    x, index = torch.randn(4, 2, 8, 8), torch.arange(4)
+    with torch.no_grad():
+        expected = net(x, index=index, y=torch.arange(4))
+        torch.testing.assert_close(back(x, index=index, y=torch.arange(4)), expected, atol=1e-6, rtol=1e-6)
+        assert (back(x, index=index, y=torch.zeros(4, dtype=torch.int64)) - expected)[3].abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------------- classifiers
+
+# The flags of the README, word for word, and the parameters and tensors of what their scripts then build.
+PUBLISHED_CLASSIFIERS = {
+    "64x64_classifier": (
+        GUIDED["64x64_diffusion"][0] + " --classifier_scale 1.0 --classifier_depth 4",
+        65_438_568,
+        307,
+    ),
+    "128x128_classifier": (GUIDED["128x128_diffusion"][0] + " --classifier_scale 0.5", 42_568_040, 221),
+    "256x256_classifier": (GUIDED["256x256_diffusion_uncond"][0] + " --classifier_scale 10.0", 54_096_360, 249),
+    "512x512_classifier": (GUIDED["512x512_diffusion"][0] + " --classifier_scale 4.0", 54_448_360, 281),
+}
+TRAINING = (
+    "--image_size 128 --classifier_attention_resolutions 32,16,8 --classifier_depth 2 --classifier_width 128 "
+    "--classifier_pool attention --classifier_resblock_updown True --classifier_use_scale_shift_norm True"
+)
+
+
+def small(pool: str, **options: Any) -> ClassifierCard:
+    """The card of the stored classifiers, from the arguments of their constructor."""
+    arguments = json.loads((DATA / "classifier.json").read_text())
+    size = arguments["image_size"]
+    return ClassifierCard(
+        image_size=size,
+        classifier_width=arguments["model_channels"],
+        classifier_depth=arguments["num_res_blocks"],
+        classifier_attention_resolutions=tuple(size // factor for factor in arguments["attention_resolutions"]),
+        classifier_use_scale_shift_norm=arguments["use_scale_shift_norm"],
+        classifier_resblock_updown=arguments["resblock_updown"],
+        classifier_pool=pool,
+        channel_mult=tuple(arguments["channel_mult"]),
+        num_head_channels=arguments["num_head_channels"],
+        in_channels=arguments["in_channels"],
+        num_classes=arguments["out_channels"],
+        **options,
+    )
+
+
+@pytest.fixture(params=["attention", "adaptive"])
+def stored(request, tmp_path) -> tuple[pathlib.Path, str, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A stored classifier, the name of its pool, inputs and their outputs."""
+    state = torch.load(DATA / "classifier.pt", weights_only=True)
+    other = {"attention": "out.3.", "adaptive": "out.2."}[request.param]
+    path = tmp_path / "classifier.pt"
+    torch.save({key: value for key, value in state.items() if not key.startswith(other)}, path)
+    with np.load(DATA / "classifier_io.npz") as file:
+        return path, request.param, *(torch.from_numpy(file[key]) for key in ("x", "t", request.param))
+
+
+@pytest.mark.parametrize("name", PUBLISHED_CLASSIFIERS)
+def test_published_classifiers(name):
+    """Flags, sizes, and the noise they were trained on: that of the diffusion model that they guide."""
+    flags, parameters, tensors = PUBLISHED_CLASSIFIERS[name]
+    flags += f" --classifier_path models/{name}.pt --model_path models/{name.replace('classifier', 'diffusion')}.pt"
+    card, guided = CLASSIFIERS[name], CARDS[name.replace("classifier", "diffusion")]
+    assert ClassifierCard.from_flags(flags) == card
+    assert card.schedule.config == guided.schedule.config
+    net = interop._classifier(card)
+    assert all(parameter.is_meta for parameter in net.parameters())
+    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+    assert len(set(interop.parameter_names(net).values())) == tensors
+    assert net.config["log_snr_table"] == card.schedule.log_snr(torch.arange(1, 1001)).tolist()
+
+
+def test_flags_of_classifiers():
+    assert CLASSIFIERS.keys() == PUBLISHED_CLASSIFIERS.keys()
+    for flags in (TRAINING, TRAINING + " --classifier_scale 1.0 --classifier_use_fp16 True"):
+        assert ClassifierCard.from_flags(flags) == CLASSIFIERS["128x128_classifier"]
+    # those of the diffusion model are not its own, where both have a name
+    assert ClassifierCard.from_flags("--num_head_channels 32 --channel_mult 1,1 --num_classes 7") == ClassifierCard()
+    for flags, named in (
+        ("--classifier_colour red", "classifier_colour"),
+        ("--classifier_pool spatial", "'attention', 'adaptive'"),
+        ("--classifier_depth 0", "classifier_depth"),
+        ("--classifier_attention_resolutions 128", "classifier_attention_resolutions"),
+        ("--image_size 48", "channel_mult"),
+    ):
+        with pytest.raises(OptionError, match=named):
+            ClassifierCard.from_flags(flags)
+
+
+def test_classifiers_equal_theirs(stored):
+    path, pool, x, index, expected = stored
+    net = interop.load_classifier(path, small(pool)).net
+    with torch.no_grad():
+        out = net(x, index=index)
+    assert not net.training and out.dtype == torch.float32
+    assert (expected - expected[0]).abs().max() > 0.1, "a figure this small would not tell a wrong network"
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_classifiers_see_the_index_of_their_own_chain(stored, rescale):
+    """Step t is index t - 1, or (t - 1) * 1000 / T."""
+    path, pool, x, index, expected = stored
+    steps = 4000 if rescale else 1000
+    card = small(pool, diffusion_steps=steps, rescale_timesteps=rescale, noise_schedule="cosine")
+    with torch.no_grad():
+        logits = interop.load_classifier(path, card)(x, (steps // 1000) * index + 1).logits
+    # a Categorical's logits are normalised
+    torch.testing.assert_close(logits, expected.log_softmax(1), atol=1e-5, rtol=0)
+
+
+def test_what_a_classifiers_file_does_not_tell_matters(stored):
+    """Negative control: flags that fit the weights' shapes and still are the wrong ones."""
+    path, pool, x, index, expected = stored
+    card = ClassifierCard(**{**asdict(small(pool)), "num_head_channels": 32})
+    with torch.no_grad():
+        assert (interop.load_classifier(path, card).net(x, index=index) - expected).abs().max() > 1e-3
+
+
+def test_the_name_of_a_classifiers_file(tmp_path, stored):
+    path, pool, x, index, expected = stored
+    path.with_suffix(".json").write_text(json.dumps(asdict(small(pool))))
+    with torch.no_grad():
+        torch.testing.assert_close(interop.load_classifier(path).net(x, index=index), expected, atol=1e-5, rtol=0)
+    assert interop.as_classifier_card(None, tmp_path / "256x256_classifier.pt") is CLASSIFIERS["256x256_classifier"]
+    with pytest.raises(OptionError, match="64x64_classifier, 128x128_classifier"):
+        interop.as_classifier_card(None, tmp_path / "other.pt")
+    (tmp_path / "odd.json").write_text(json.dumps({"num_channels": 3}))
+    with pytest.raises(OptionError, match="num_channels"):
+        interop.as_classifier_card(tmp_path / "odd.json")
+
+
+def test_one_kind_of_file_for_the_other(tmp_path, stored):
+    """By its name, its card or its content: one line that says who reads it."""
+    path, pool, *_ = stored
+    unet, card = DATA / "unet_u3.pt", golden("u3")
+    for read, arguments, kind, by in (
+        (interop.load, (tmp_path / "64x64_classifier.pt",), OptionError, "load_classifier"),
+        (interop.load, (path, "64x64_classifier"), OptionError, "load_classifier"),
+        (interop.load, (path, small(pool)), OptionError, "load_classifier"),
+        (interop.load, (path, card), CheckpointError, "load_classifier"),
+        (interop.load_classifier, (tmp_path / "64x64_diffusion.pt",), OptionError, "load takes it"),
+        (interop.load_classifier, (unet, "lsun_cat"), OptionError, "load takes it"),
+        (interop.load_classifier, (unet, card), OptionError, "load takes it"),
+        (interop.load_classifier, (unet, small(pool)), CheckpointError, "load reads it"),
+    ):
+        with pytest.raises(kind, match=by) as error:
+            read(*arguments)
+        assert "\n" not in str(error.value)
+
+
+def test_classifiers_that_do_not_fit(tmp_path, stored):
+    path, pool, *_ = stored
+    other = {"attention": "adaptive", "adaptive": "attention"}[pool]
+    with pytest.raises(CheckpointError, match=r"missing .* unexpected"):
+        interop.load_classifier(path, small(other))
+    torch.save({**torch.load(path, weights_only=True), "evil": Evil(tmp_path / "ran")}, path)
+    with pytest.raises(CheckpointError):
+        interop.load_classifier(path, small(pool))
+    assert not (tmp_path / "ran").exists()
 
 
 # ---------------------------------------------------------------------- files that are none

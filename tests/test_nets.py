@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrodiff.errors import OptionError, ShapeError
-from pyrodiff.nets import MLP, REGISTRY, UNet, build
+from pyrodiff.nets import MLP, REGISTRY, Classifier, UNet, build
 from pyrodiff.nets.embeddings import index_features, interpolate_index, log_snr_features
 from pyrodiff.nets.layers import GroupNorm
 
@@ -59,16 +59,23 @@ NETS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
         {**SMALL, "channels": 1, "time_embedding": "index", "log_snr_table": TABLE, "classes": 3},
         (1, 4, 4),
     ),
+    "2d-null": ("UNet", {**SMALL, "channels": 1, "classes": 3, "label_dropout": 0.2}, (1, 4, 4)),
+    "2d-classifier": (
+        "Classifier",
+        {**SMALL, "channels": 3, "classes": 5, "size": (4, 6), "attention": (1,)},
+        (3, 4, 6),
+    ),
+    "1d-classifier": ("Classifier", {**SMALL, "channels": 2, "classes": 3, "dims": 1}, (2, 8)),
     "3d": ("UNet", {**SMALL, "channels": 4, "dims": 3, "attention": (1,)}, (4, 4, 4, 4)),
     "3d-frames": ("UNet", {**SMALL, "channels": 1, "dims": 3, "resample_axes": 2}, (1, 3, 4, 4)),
     "mlp": ("MLP", {"features": 4, "width": 16}, (4,)),
     "mlp-labels": (
         "MLP",
-        {"features": 2, "width": 16, "depth": 1, "out_features": 4, "classes": 3},
+        {"features": 2, "width": 16, "depth": 1, "out_features": 4, "classes": 3, "label_dropout": 0.2},
         (2,),
     ),
 }
-UNETS = [name for name in NETS if NETS[name][0] == "UNet"]
+UNETS = [name for name in NETS if NETS[name][0] != "MLP"]  # whole or half
 
 each_net = pytest.mark.parametrize("name", NETS)
 each_unet = pytest.mark.parametrize("name", UNETS)
@@ -92,8 +99,7 @@ def awake(name: str, **changes: Any) -> nn.Module:
 def inputs(net: nn.Module, name: str, batch: int = 4) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     x = torch.randn(batch, *NETS[name][2])
     log_snr = torch.linspace(-12, 12, batch)
-    classes = net.config["classes"]
-    cond = {} if classes is None else {"y": torch.arange(batch) % classes}
+    cond = {"y": torch.arange(batch) % net.config["classes"]} if "y" in net.cond_event_dims else {}
     return x, log_snr, cond
 
 
@@ -122,7 +128,8 @@ def test_shape_and_dtype(name, batch):
     x, log_snr, cond = inputs(net, name, batch)
     outputs = net.config.get("out_channels", net.config.get("out_features")) or x.shape[1]
     out = net(x, log_snr, **cond)
-    assert out.shape == (batch, outputs, *x.shape[2:])
+    expected = (net.config["classes"],) if isinstance(net, Classifier) else (outputs, *x.shape[2:])
+    assert out.shape == (batch, *expected)
     assert out.dtype == torch.float32
     assert out.isfinite().all()
 
@@ -263,7 +270,7 @@ def test_autocast(name):
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
-@pytest.mark.parametrize("name", ["2d", "2d-index", "mlp"])
+@pytest.mark.parametrize("name", ["2d", "2d-index", "2d-classifier", "mlp"])
 def test_half_precision_weights(name):
     net = awake(name)
     x, log_snr, cond = inputs(net, name)
@@ -279,7 +286,7 @@ def test_half_precision_weights(name):
 @each_unet
 def test_checkpointing_changes_nothing(name):
     net = awake(name)
-    twin = build("UNet", {**net.config, "checkpointing": True}).eval()
+    twin = build(NETS[name][0], {**net.config, "checkpointing": True}).eval()
     twin.load_state_dict(net.state_dict())
     x, log_snr, cond = inputs(net, name)
     assert_same(net, twin, (x, log_snr), cond)
@@ -318,7 +325,7 @@ def dynamo():
 @pytest.mark.slow
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, which differ from version to version
-@pytest.mark.parametrize("name", ["2d", "2d-index", "mlp"])
+@pytest.mark.parametrize("name", ["2d", "2d-index", "2d-classifier", "mlp"])
 def test_capturing_one_graph_changes_nothing(name):
     net = awake(name)
     x, log_snr, cond = inputs(net, name)
@@ -527,6 +534,10 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
         ({"multipliers": (0.01, 1)}, "multipliers"),
         ({"dropout": 1.0}, "dropout"),
         ({"classes": 0}, "classes=0"),
+        ({"classes": 3, "label_dropout": 1.0}, "label_dropout=1.0"),
+        ({"classes": 3, "label_dropout": -0.1}, "label_dropout=-0.1"),
+        ({"classes": 3, "label_dropout": math.nan}, "label_dropout=nan"),
+        ({"label_dropout": 0.1}, "needs classes"),
         ({"log_snr_table": [1.0, 0.0]}, "time_embedding='index'"),
         ({"time_embedding": "index", "log_snr_table": [0.0, 1.0]}, "decreasing"),
         ({"time_embedding": "index", "log_snr_table": [0.0]}, "decreasing"),
@@ -540,11 +551,31 @@ def test_bad_arguments_of_the_unet(arguments, message):
     assert message in one_line(error)
 
 
-@pytest.mark.parametrize("arguments", [{"features": 0}, {"depth": 0}, {"out_features": 0}, {"width": 5}])
+@pytest.mark.parametrize(
+    "arguments", [{"features": 0}, {"depth": 0}, {"out_features": 0}, {"width": 5}, {"label_dropout": 0.1}], ids=str
+)
 def test_bad_arguments_of_the_mlp(arguments):
     with pytest.raises(OptionError) as error:
         MLP(**{"features": 1, **arguments})
     assert next(iter(arguments)) in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"classes": 0}, "classes=0"),
+        ({"size": [4]}, "2 positive numbers"),
+        ({"size": [4, 0]}, "2 positive numbers"),
+        ({"size": [4, 6]}, "divisible by 4"),
+        ({"heads": 3}, "3 attention heads"),
+        ({"head_channels": 48}, "head_channels=48"),
+        ({"width": 7}, "width=7"),
+    ],
+)
+def test_bad_arguments_of_the_classifier(arguments, message):
+    with pytest.raises(OptionError) as error:
+        build("Classifier", {"channels": 1, "classes": 2, "size": [4, 4], **arguments})
+    assert message in one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -562,7 +593,7 @@ def test_build_names_what_is_wrong(name, arguments, message):
 
 
 def test_registry():
-    assert REGISTRY == {"UNet": UNet, "MLP": MLP}
+    assert REGISTRY == {"UNet": UNet, "MLP": MLP, "Classifier": Classifier}
 
 
 @each_net
@@ -598,7 +629,7 @@ def test_sizes_that_do_not_halve(name):
         assert "divisible by" in one_line(error)
 
 
-@each_net
+@pytest.mark.parametrize("name", [name for name in NETS if NETS[name][0] != "Classifier"])
 def test_labels_go_with_classes(name):
     net = fresh(name)
     x, log_snr, cond = inputs(net, name)
@@ -629,7 +660,9 @@ def test_ways_to_give_the_noise_level():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "autocast"), list(itertools.product(["1d", "2d", "2d-index", "3d", "mlp"], [0, 1])))
+@pytest.mark.parametrize(
+    ("name", "autocast"), list(itertools.product(["1d", "2d", "2d-index", "2d-classifier", "3d", "mlp"], [0, 1]))
+)
 def test_cuda_equals_cpu(name, autocast):
     net = awake(name)
     x, log_snr, cond = inputs(net, name)

@@ -236,7 +236,7 @@ def test_guidance_scales_0_and_1():
 def labelled_like(diffusion):
     """The same model without a null class: a scale of 1 needs none."""
     bare = GaussianDiffusion(diffusion.net.net, diffusion.schedule, (1, 4, 4))
-    assert not hasattr(bare.net, "null_cond")
+    assert not bare.net.null_cond
     return bare
 
 

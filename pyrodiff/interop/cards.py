@@ -6,13 +6,13 @@ import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from pyrodiff.errors import OptionError, check_option
 from pyrodiff.interop import _foreign
 from pyrodiff.schedules import CosineSchedule, LinearSchedule, Schedule
 
-__all__ = ["CARDS", "Card", "as_card"]
+__all__ = ["CARDS", "CLASSIFIERS", "Card", "ClassifierCard", "as_card", "as_classifier_card"]
 
 # Of the scripts, by size of the image; upsamplers have those of 256 pixels at 512, too.
 _MULTIPLIERS: dict[int, tuple[float, ...]] = {
@@ -24,10 +24,80 @@ _MULTIPLIERS: dict[int, tuple[float, ...]] = {
 }
 # Flags that say how a network was trained or is run, not what it is.
 _OTHER_FLAGS = frozenset("timestep_respacing use_kl rescale_learned_sigmas use_checkpoint use_fp16".split())
+_LIMITS = {
+    "diffusion_steps": 100_000,
+    "num_res_blocks": 100,
+    "num_channels": 100_000,
+    "num_heads": 100_000,
+    "num_classes": 10_000_000,
+    "classifier_depth": 100,
+    "classifier_width": 100_000,
+    "image_size": 100_000,
+    "in_channels": 100_000,
+}
 
 
-@dataclass(frozen=True)
-class Card:
+@dataclass(frozen=True, kw_only=True)
+class _Flags:
+    """The flags that a diffusion model's card and a classifier's share."""
+
+    _passed_over: ClassVar[frozenset[str]]
+
+    image_size: int = 64
+    channel_mult: tuple[float, ...] | None = None
+    diffusion_steps: int = 1000
+    noise_schedule: str = "linear"
+    rescale_timesteps: bool = False
+    in_channels: int = 3
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        """Check what a file or a command line may have got wrong."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, field.name, value)
+            if not _fits(value, str(field.type)):
+                raise OptionError(f"card: {field.name}={value!r} is not of type {field.type}")
+        check_option("card: noise_schedule", self.noise_schedule, ("linear", "cosine"))
+        if self.channel_mult is None and self.image_size not in _MULTIPLIERS:
+            sizes = ", ".join(map(str, _MULTIPLIERS))
+            raise OptionError(f"card: image_size={self.image_size} is not one of {sizes}: give channel_mult")
+        for name in [field.name for field in fields(self)]:
+            value = getattr(self, name)
+            if name in _LIMITS and not 1 <= value <= _LIMITS[name]:
+                raise OptionError(f"card: {name}={value} is not in 1..{_LIMITS[name]}")
+            if name.endswith("attention_resolutions") and not all(1 <= size <= self.image_size for size in value):
+                raise OptionError(f"card: {name}={value} are not in 1..{self.image_size}")
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule."""
+        return {"linear": LinearSchedule, "cosine": CosineSchedule}[self.noise_schedule](self.diffusion_steps)
+
+    @property
+    def index_step(self) -> float:
+        """The distance between the indices of neighbouring steps."""
+        return 1000 / self.diffusion_steps if self.rescale_timesteps else 1.0
+
+    @classmethod
+    def _read(cls, flags: str) -> dict[str, Any]:
+        words = flags.split()
+        if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
+            raise OptionError(f"flags {flags!r} are not '--name value --name value ...'")
+        types = {field.name: str(field.type) for field in fields(cls) if field.name not in cls._passed_over}
+        values: dict[str, Any] = {}
+        for word, text in zip(words[::2], words[1::2], strict=True):
+            name = {"large_size": "image_size"}.get(word[2:], word[2:])
+            if name not in cls._passed_over:
+                check_option("flag", name, types)
+                values[name] = _parsed(name, text, types[name])
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card(_Flags):
     """What the file of a checkpoint does not tell: the flags of the scripts, by their names.
 
     The defaults are guided-diffusion's; improved-diffusion has ``rescale_timesteps=True``.
@@ -60,14 +130,14 @@ class Card:
         OptionError: a value of the wrong type or outside its range.
     """
 
-    image_size: int = 64
+    _passed_over: ClassVar[frozenset[str]] = _OTHER_FLAGS
+
     num_channels: int = 128
     num_res_blocks: int = 2
     num_heads: int = 4
     num_heads_upsample: int = -1
     num_head_channels: int = -1
     attention_resolutions: tuple[int, ...] = (16, 8)
-    channel_mult: tuple[float, ...] | None = None
     dropout: float = 0.0
     class_cond: bool = False
     use_scale_shift_norm: bool = True
@@ -75,36 +145,8 @@ class Card:
     use_new_attention_order: bool = False
     learn_sigma: bool = False
     sigma_small: bool = False
-    diffusion_steps: int = 1000
-    noise_schedule: str = "linear"
     predict_xstart: bool = False
-    rescale_timesteps: bool = False
     small_size: int | None = None
-    in_channels: int = 3
-    num_classes: int = 1000
-
-    def __post_init__(self) -> None:
-        """Check what a file or a command line may have got wrong."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                value = tuple(value)
-                object.__setattr__(self, field.name, value)
-            if not _fits(value, str(field.type)):
-                raise OptionError(f"card: {field.name}={value!r} is not of type {field.type}")
-        check_option("card: noise_schedule", self.noise_schedule, ("linear", "cosine"))
-        if self.channel_mult is None and self.image_size not in _MULTIPLIERS:
-            sizes = ", ".join(map(str, _MULTIPLIERS))
-            raise OptionError(f"card: image_size={self.image_size} is not one of {sizes}: give channel_mult")
-        limits = {"diffusion_steps": 100_000, "num_res_blocks": 100, "num_channels": 100_000, "num_heads": 100_000}
-        limits |= {"image_size": 100_000, "in_channels": 100_000, "num_classes": 10_000_000}
-        for name, limit in limits.items():
-            if not 1 <= getattr(self, name) <= limit:
-                raise OptionError(f"card: {name}={getattr(self, name)} is not in 1..{limit}")
-        if not all(1 <= size <= self.image_size for size in self.attention_resolutions):
-            raise OptionError(
-                f"card: attention_resolutions={self.attention_resolutions} are not in 1..{self.image_size}"
-            )
 
     @classmethod
     def from_flags(cls, flags: str, *, improved: bool = False) -> Card:
@@ -117,28 +159,7 @@ class Card:
         Raises:
             OptionError: a flag is unknown, or its value not what it should be.
         """
-        words = flags.split()
-        if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
-            raise OptionError(f"flags {flags!r} are not '--name value --name value ...'")
-        types = {field.name: str(field.type) for field in fields(cls)}
-        values: dict[str, Any] = {"rescale_timesteps": improved}
-        for word, text in zip(words[::2], words[1::2], strict=True):
-            name = {"large_size": "image_size"}.get(word[2:], word[2:])
-            if name in _OTHER_FLAGS:
-                continue
-            check_option("flag", name, types)
-            values[name] = _parsed(name, text, types[name])
-        return cls(**values)
-
-    @property
-    def schedule(self) -> Schedule:
-        """The noise schedule."""
-        return {"linear": LinearSchedule, "cosine": CosineSchedule}[self.noise_schedule](self.diffusion_steps)
-
-    @property
-    def index_step(self) -> float:
-        """The distance between the indices of neighbouring steps."""
-        return 1000 / self.diffusion_steps if self.rescale_timesteps else 1.0
+        return cls(**{"rescale_timesteps": improved, **cls._read(flags)})
 
     @property
     def unet(self) -> dict[str, Any]:
@@ -163,6 +184,69 @@ class Card:
             "resblock_updown": self.resblock_updown,
             "use_new_attention_order": self.use_new_attention_order,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierCard(_Flags):
+    """What the file of a classifier does not tell: the flags of guided-diffusion's scripts, by their names and defaults.
+
+    Attributes:
+        image_size: pixels on a side.
+        classifier_width: channels at multiplier 1.
+        classifier_depth: residual blocks per resolution.
+        classifier_attention_resolutions: sizes in pixels at which there is attention.
+        classifier_use_scale_shift_norm: whether the embedding scales and shifts the normalised activations.
+        classifier_resblock_updown: whether the resolution changes inside residual blocks.
+        classifier_pool: ``"attention"``, or ``"adaptive"``: the average.
+        diffusion_steps: number of steps T.
+        noise_schedule: ``"linear"`` or ``"cosine"``.
+        rescale_timesteps: whether the network sees the index times 1000 / T.
+        channel_mult: channels of each resolution, as multiples; no flag; None: what the scripts take for ``image_size``.
+        num_head_channels: channels per attention head; no flag, the scripts have 64.
+        in_channels: channels of the image; no flag, the scripts have 3.
+        num_classes: number of classes; no flag, the scripts have 1000.
+
+    Raises:
+        OptionError: a value of the wrong type or outside its range.
+    """
+
+    # classifier_sample.py takes the flags of the diffusion model that is guided, too.
+    _passed_over: ClassVar[frozenset[str]] = (
+        _OTHER_FLAGS
+        | {field.name for field in fields(Card)}
+        | {"classifier_path", "classifier_scale", "classifier_use_fp16", "model_path"}
+    ) - {"image_size", "diffusion_steps", "noise_schedule", "rescale_timesteps"}
+
+    classifier_width: int = 128
+    classifier_depth: int = 2
+    classifier_attention_resolutions: tuple[int, ...] = (32, 16, 8)
+    classifier_use_scale_shift_norm: bool = True
+    classifier_resblock_updown: bool = True
+    classifier_pool: str = "attention"
+    num_head_channels: int = 64
+
+    def __post_init__(self) -> None:
+        """Check what a file or a command line may have got wrong."""
+        super().__post_init__()
+        check_option("card: classifier_pool", self.classifier_pool, ("attention", "adaptive"))
+
+    @classmethod
+    def from_flags(cls, flags: str) -> ClassifierCard:
+        """Read the flags of a script, such as ``"--image_size 64 --classifier_depth 4"``.
+
+        Args:
+            flags: as on the command line; those of the diffusion model beside it, and those that say how to train or to
+                sample, are passed over.
+
+        Raises:
+            OptionError: a flag is unknown, or its value not what it should be.
+        """
+        return cls(**cls._read(flags))
+
+    @property
+    def multipliers(self) -> tuple[float, ...]:
+        """Channels of each resolution, as multiples."""
+        return _MULTIPLIERS[self.image_size] if self.channel_mult is None else self.channel_mult
 
 
 def _cards() -> dict[str, Card]:
@@ -236,35 +320,52 @@ def _cards() -> dict[str, Card]:
     return {name: Card(**values) for name, values in flags.items()}
 
 
+_AnyCard = TypeVar("_AnyCard", Card, ClassifierCard)
+
+
 def as_card(card: str | os.PathLike[str] | Card | None, path: str | os.PathLike[str] = "") -> Card:
-    """The card that is meant.
+    """The card of a diffusion model that is meant.
 
     Args:
         card: a card; a name in :data:`CARDS`; a JSON file with fields of :class:`Card`; or None.
         path: the checkpoint; None means the card of its file's name, or else the JSON file beside it.
 
     Raises:
-        OptionError: there is no such card, or a field is unknown or has a bad value.
+        OptionError: there is no such card, it is a classifier's, or a field is unknown or has a bad value.
         CheckpointError: the file cannot be read.
     """
-    if isinstance(card, Card):
+    return _as(Card, CARDS, card, path)
+
+
+def as_classifier_card(
+    card: str | os.PathLike[str] | ClassifierCard | None, path: str | os.PathLike[str] = ""
+) -> ClassifierCard:
+    """The card of a classifier that is meant: as :func:`as_card`, with :data:`CLASSIFIERS` and :class:`ClassifierCard`."""
+    return _as(ClassifierCard, CLASSIFIERS, card, path)
+
+
+def _as(kind: type[_AnyCard], known: dict[str, _AnyCard], card: object, path: str | os.PathLike[str]) -> _AnyCard:
+    if isinstance(card, kind):
         return card
-    if card is None:
-        path = Path(path)
-        beside = path.with_suffix(".json")
-        if path.stem not in CARDS and not beside.is_file():
-            raise OptionError(
-                f"the flags of {os.fspath(path)!r} are unknown: name a card ({', '.join(CARDS)}) or a JSON file of flags"
-            )
-        card = path.stem if path.stem in CARDS else beside
-    if str(card) in CARDS:
-        return CARDS[str(card)]
-    if Path(card).suffix != ".json":
-        raise OptionError(f"card={str(card)!r} is not one of {', '.join(CARDS)}, nor a .json file of flags")
-    values = _foreign.read_json(card)
-    for name in values:
-        check_option(f"{str(card)!r}: flag", name, [field.name for field in fields(Card)])
-    return Card(**values)
+    path = Path(path)
+    name = str(path.stem if card is None else card)
+    if name in known:
+        return known[name]
+    if isinstance(card, _Flags) or name in CARDS or name in CLASSIFIERS:
+        shown = type(card).__name__ if isinstance(card, _Flags) else repr(name)
+        other = "a classifier's: load_classifier takes it" if kind is Card else "a diffusion model's: load takes it"
+        raise OptionError(f"card={shown} is {other}")
+    file = path.with_suffix(".json") if card is None else Path(name)
+    if card is None and not file.is_file():
+        raise OptionError(
+            f"the flags of {str(path)!r} are unknown: name a card ({', '.join(known)}) or a JSON file of flags"
+        )
+    if file.suffix != ".json":
+        raise OptionError(f"card={name!r} is not one of {', '.join(known)}, nor a .json file of flags")
+    values = _foreign.read_json(file)
+    for flag in values:
+        check_option(f"{str(file)!r}: flag", flag, [field.name for field in fields(kind)])
+    return kind(**values)
 
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
@@ -300,3 +401,11 @@ def _parsed(name: str, text: str, kind: str) -> Any:
 
 CARDS: dict[str, Card] = _cards()
 """The flags of every published checkpoint of a diffusion model, by the name of its file without ``.pt``."""
+
+CLASSIFIERS: dict[str, ClassifierCard] = {
+    "64x64_classifier": ClassifierCard(classifier_depth=4, noise_schedule="cosine"),
+    "128x128_classifier": ClassifierCard(image_size=128),
+    "256x256_classifier": ClassifierCard(image_size=256),
+    "512x512_classifier": ClassifierCard(image_size=512),
+}
+"""The flags of every published classifier, likewise; each sees the noise of the diffusion model that it guides."""

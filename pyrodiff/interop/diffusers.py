@@ -219,7 +219,8 @@ def save(path: str | os.PathLike[str], diffusion: GaussianDiffusion) -> None:
     """Save a diffusion as a folder that ``UNet2DModel.from_pretrained`` and ``DDPMScheduler.from_pretrained`` read.
 
     A network that sees the log-SNR, or whose steps are not those of the schedule, becomes one with
-    ``time_embedding_type="learned"``: a row of features for each step.
+    ``time_embedding_type="learned"``: a row of features for each step. A network with a null class becomes one with one
+    class more, the last; so is it loaded, without ``null_cond``.
 
     Args:
         path: the folder, created if need be; gets ``config.json``, ``scheduler_config.json`` and the weights.
@@ -476,7 +477,7 @@ def _unet_config(net: UNet, diffusion: GaussianDiffusion) -> dict[str, Any]:
         "norm_eps": ours["norm_eps"],
         "resnet_time_scale_shift": shift,
         "add_attention": ours["middle_attention"] != "none",
-        "num_class_embeds": ours["classes"],
+        "num_class_embeds": None if net.embedding.label is None else net.embedding.label.num_embeddings,
     }
     return {"_class_name": "UNet2DModel", **_UNET, **config}
 

@@ -2,7 +2,9 @@
 
 Their files hold a state dict and nothing else: what the network, the noise schedule and the meaning of its output are is
 said by the flags of their scripts. A :class:`~pyrodiff.interop.cards.Card` is a set of those flags;
-:data:`~pyrodiff.interop.cards.CARDS` has one for every published checkpoint, under the name of its file.
+:data:`~pyrodiff.interop.cards.CARDS` has one for every published checkpoint, under the name of its file. Classifiers of
+noisy images have cards of their own, :class:`~pyrodiff.interop.cards.ClassifierCard` and
+:data:`~pyrodiff.interop.cards.CLASSIFIERS`.
 
 Their timestep index counts from 0 (the least noisy step): it is this library's step minus one.
 
@@ -25,14 +27,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrodiff.classifier import NoisyClassifier
 from pyrodiff.diffusion import GaussianDiffusion
 from pyrodiff.errors import CheckpointError, OptionError, check_option
 from pyrodiff.interop import _foreign
-from pyrodiff.interop.cards import CARDS, Card, as_card
-from pyrodiff.nets import UNet
+from pyrodiff.interop.cards import CARDS, CLASSIFIERS, Card, ClassifierCard, as_card, as_classifier_card
+from pyrodiff.nets import Classifier, UNet
 from pyrodiff.reverse import Bins
 
-__all__ = ["CARDS", "Card", "as_card", "card_of", "load", "load_unet", "parameter_names", "save", "unet_arguments"]
+__all__ = [
+    "CARDS",
+    "CLASSIFIERS",
+    "Card",
+    "ClassifierCard",
+    "as_card",
+    "as_classifier_card",
+    "card_of",
+    "load",
+    "load_classifier",
+    "load_unet",
+    "parameter_names",
+    "save",
+    "unet_arguments",
+]
 
 _LAYERS = {
     # of a residual block
@@ -54,6 +71,10 @@ _ENDS = {
     "conv_in": "input_blocks.0.0",
     "norm_out": "out.0",
     "conv_out": "out.2",
+}
+_POOLS = {
+    "attention": {"pool": "out.2", "pool.qkv": "out.2.qkv_proj", "pool.out": "out.2.c_proj"},
+    "average": {"pool.out": "out.3"},
 }
 
 
@@ -114,21 +135,22 @@ def unet_arguments(
     }
 
 
-def parameter_names(net: UNet) -> dict[str, str]:
-    """Where guided-diffusion's ``UNetModel`` keeps each parameter of a network of ours.
+def parameter_names(net: UNet | Classifier) -> dict[str, str]:
+    """Where guided-diffusion's ``UNetModel`` or ``EncoderUNetModel`` keeps each parameter of a network of ours.
 
     Args:
         net: the network, which may be without memory.
 
     Returns:
-        For each key of the network's state dict, that of ``UNetModel``, such as ``"input_blocks.3.0.op.weight"``.
+        For each key of the network's state dict, theirs, such as ``"input_blocks.3.0.op.weight"``.
     """
     levels, blocks = len(net.config["multipliers"]), net.config["blocks"]
     attention = set(net.config["attention"])
+    ends = _ENDS | (_POOLS["average" if net.size is None else "attention"] if isinstance(net, Classifier) else {})
 
     def stem(ours: str) -> str:
-        if ours in _ENDS:
-            return _ENDS[ours]
+        if ours in ends:
+            return ends[ours]
         if match := re.fullmatch(r"middle\.([01])\.(residual|attention)\.(\w+)", ours):
             position = 1 if match[2] == "attention" else 2 * int(match[1])
             return f"middle_block.{position}.{_LAYERS[match[3]]}"
@@ -148,7 +170,8 @@ def parameter_names(net: UNet) -> dict[str, str]:
         return f"output_blocks.{(levels - 1 - level) * (blocks + 1) + block}.{position}.{layers[layer]}"
 
     parts = ((key, key.rpartition(".")) for key in net.state_dict())
-    return {key: f"{stem(ours)}.{kind}" for key, (ours, _, kind) in parts}
+    kinds = {"positions": "positional_embedding"}
+    return {key: f"{stem(ours)}.{kinds.get(kind, kind)}" for key, (ours, _, kind) in parts}
 
 
 def load(
@@ -215,8 +238,33 @@ def load_unet(
     return net.eval()
 
 
+def load_classifier(
+    path: str | os.PathLike[str], card: str | os.PathLike[str] | ClassifierCard | None = None
+) -> NoisyClassifier:
+    """Load a classifier of noisy images of guided-diffusion, to guide a sampler with.
+
+    Args:
+        path: the file, a state dict; weights in half precision become float32.
+        card: what the file does not tell (see :func:`as_classifier_card`); None: by the file's name.
+
+    Returns:
+        The classifier, in evaluation mode, on the CPU; its steps are those of the chain that it was trained on, and its network
+        ``net`` can be asked by their index too, ``net(x, index=index)``.
+
+    Raises:
+        CheckpointError: the file is not a state dict, or does not fit the card.
+        OptionError: no such card, or that of a diffusion model.
+    """
+    card = as_classifier_card(card, path)
+    net = _classifier(card)
+    _fill(net, path, "the card")
+    return NoisyClassifier(net, card.schedule, (card.in_channels, card.image_size, card.image_size)).eval()
+
+
 def card_of(diffusion: GaussianDiffusion) -> Card:
     """The flags of guided-diffusion's scripts that mean a diffusion; its decoder and bins have none.
+
+    A null class is the last of one class more: guided-diffusion does not know that it is one.
 
     Raises:
         OptionError: an option of the diffusion or of its network that guided-diffusion does not have, by name.
@@ -271,7 +319,7 @@ def card_of(diffusion: GaussianDiffusion) -> Card:
         # The network takes any smaller size; that of the published ones is a quarter.
         small_size=max(1, size[1] // 4) if config["low_res_channels"] else None,
         in_channels=config["channels"],
-        num_classes=config["classes"] or 1000,
+        num_classes=1000 if net.embedding.label is None else net.embedding.label.num_embeddings,
     )
     table = schedule.log_snr(torch.arange(1, schedule.steps + 1)).tolist()
     if not math.isclose(config["index_step"], card.index_step) or config["log_snr_table"] not in (None, table):
@@ -281,6 +329,8 @@ def card_of(diffusion: GaussianDiffusion) -> Card:
 
 def save(path: str | os.PathLike[str], diffusion: GaussianDiffusion) -> None:
     """Save the weights as guided-diffusion does, and the flags that belong to them.
+
+    A network with a null class becomes one with one class more, the last; so is it loaded, without ``null_cond``.
 
     Args:
         path: the file, ``.pt``; the flags become the ``.json`` of the same name, with which :func:`load` reads the file.
@@ -309,6 +359,30 @@ def _net(card: Card) -> UNet:
         return UNet(**arguments, log_snr_table=table, index_step=card.index_step)
 
 
+def _classifier(card: ClassifierCard) -> Classifier:
+    """The classifier that a card describes, without memory."""
+    factors = [card.image_size // size for size in card.classifier_attention_resolutions]
+    table = card.schedule.log_snr(torch.arange(1, card.diffusion_steps + 1)).tolist()
+    with torch.device("meta"):
+        return Classifier(
+            card.in_channels,
+            classes=card.num_classes,
+            size=[card.image_size] * 2 if card.classifier_pool == "attention" else None,
+            width=card.classifier_width,
+            multipliers=card.multipliers,
+            blocks=card.classifier_depth,
+            attention=[level for level in range(len(card.multipliers)) if 2**level in factors],
+            head_channels=card.num_head_channels,
+            attention_order="heads_first",
+            scale_shift=card.classifier_use_scale_shift_norm,
+            resample="residual" if card.classifier_resblock_updown else "conv",
+            norm_groups=32,
+            time_embedding="index",
+            log_snr_table=table,
+            index_step=card.index_step,
+        )
+
+
 def _diffusion(net: UNet, card: Card, clip: bool) -> GaussianDiffusion:
     shape = (card.in_channels, card.image_size, card.image_size)
     fixed = "fixed_small" if card.sigma_small else "fixed_large"
@@ -325,16 +399,23 @@ def _diffusion(net: UNet, card: Card, clip: bool) -> GaussianDiffusion:
     )
 
 
-def _theirs(net: UNet) -> dict[str, Tensor]:
-    """The network's state dict as ``UNetModel`` lays it out."""
+def _theirs(net: UNet | Classifier) -> dict[str, Tensor]:
+    """The network's state dict as ``UNetModel`` or ``EncoderUNetModel`` lays it out."""
     state, names = net.state_dict(), parameter_names(net)
-    # Queries, keys and values: a linear layer here, a convolution of kernel 1 there.
-    convolutions = (".attention.qkv.weight", ".attention.out.weight")
+    # A linear layer here, a convolution of kernel 1 there; over positions in a row, or over the pooled image.
+    if isinstance(net, Classifier) and net.size is None:
+        state["pool.out.weight"] = state["pool.out.weight"][..., None]
+    convolutions = (".attention.qkv.weight", ".attention.out.weight", "pool.qkv.weight", "pool.out.weight")
     return {names[key]: value[..., None] if key.endswith(convolutions) else value for key, value in state.items()}
 
 
-def _fill(net: UNet, path: str | os.PathLike[str], what: str) -> None:
+def _fill(net: UNet | Classifier, path: str | os.PathLike[str], what: str) -> None:
     theirs, expected = _foreign.read_torch(path), _theirs(net)
+    parts = {key.partition(".")[0] for key in theirs}
+    if isinstance(net, Classifier) and "output_blocks" in parts:
+        raise CheckpointError(f"{os.fspath(path)!r} holds a diffusion model, not a classifier: load reads it")
+    if isinstance(net, UNet) and "middle_block" in parts and "output_blocks" not in parts:
+        raise CheckpointError(f"{os.fspath(path)!r} holds a classifier: load_classifier reads it")
     if problem := _foreign.difference(theirs, expected):
         raise CheckpointError(f"{os.fspath(path)!r} does not fit {what}; parameters: {problem}")
     shapes = {key: value.shape for key, value in net.state_dict().items()}

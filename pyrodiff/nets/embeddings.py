@@ -98,6 +98,8 @@ class ConditionEmbedding(nn.Module):
         features: number of sinusoidal features, even.
         width: size of the embedding.
         classes: number of class labels, or None for a network without labels.
+        label_dropout: probability with which training replaces a label by the null class, which is label ``classes``
+            and there if this is not 0.
         time_embedding: ``"sinusoidal"`` (of the log-SNR), ``"index"`` (of a step index) or
             ``"learned"`` (a row of features per step, parameters).
         log_snr_table: for ``"index"`` and ``"learned"``: the log-SNR of each step of the network's
@@ -105,6 +107,9 @@ class ConditionEmbedding(nn.Module):
             the network can only be called with ``index=``.
         index_step: for ``"index"`` and ``"learned"``: distance of neighbouring entries of the table.
         index_shift: for ``"index"``: see :func:`index_features`.
+
+    Attributes:
+        null_cond: the conditioning that says nothing: ``{"y": classes}``, or ``{}`` without null class.
 
     Raises:
         OptionError: an argument is outside its range.
@@ -116,6 +121,7 @@ class ConditionEmbedding(nn.Module):
         width: int,
         *,
         classes: int | None = None,
+        label_dropout: float = 0.0,
         time_embedding: str = "sinusoidal",
         log_snr_table: Sequence[float] | None = None,
         index_step: float = 1.0,
@@ -127,6 +133,10 @@ class ConditionEmbedding(nn.Module):
             raise OptionError(f"width={features} is not a positive even number")
         if classes is not None and classes < 1:
             raise OptionError(f"classes={classes} is not a positive number or None")
+        if not 0 <= label_dropout < 1:
+            raise OptionError(f"label_dropout={label_dropout} is not in [0, 1)")
+        if label_dropout and classes is None:
+            raise OptionError(f"label_dropout={label_dropout} needs classes: there are no labels to drop")
         if log_snr_table is not None and time_embedding == "sinusoidal":
             raise OptionError(f"log_snr_table needs time_embedding='index', not {time_embedding!r}")
         if log_snr_table is None and time_embedding == "learned":
@@ -135,12 +145,14 @@ class ConditionEmbedding(nn.Module):
             raise OptionError(f"index_shift={index_shift} is not below half of width={features}")
         self.features = features
         self.classes = classes
+        self.label_dropout = label_dropout
+        self.null_cond = {"y": classes} if classes is not None and label_dropout else {}
         self.time_embedding = time_embedding
         self.index_step = index_step
         self.index_shift = index_shift
         self.hidden = nn.Linear(features, width)
         self.output = nn.Linear(width, width)
-        self.label = None if classes is None else nn.Embedding(classes, width)
+        self.label = None if classes is None else nn.Embedding(classes + bool(label_dropout), width)
         self._log_snrs: tuple[float, ...] = ()
         self._table: Tensor | None = None
         if log_snr_table is not None:
@@ -207,7 +219,8 @@ class ConditionEmbedding(nn.Module):
             x: the network's input, of shape [N, ...]; only its N and dtype are used.
             log_snr: floating-point tensor of shape [N], in nats.
             index: instead of ``log_snr``: step indices, tensor of shape [N].
-            y: class labels, integer tensor of shape [N].
+            y: class labels, integer tensor of shape [N]. In training mode each is replaced by the null class with
+                probability ``label_dropout``, independently (torch's generator of the labels' device).
 
         Returns:
             Tensor of shape [N, width].
@@ -228,6 +241,9 @@ class ConditionEmbedding(nn.Module):
             _check_per_example("y", y, x)
             if y.is_floating_point() or y.dtype == torch.bool:
                 raise ShapeError(f"y has dtype {y.dtype}, not an integer one")
+            if self.training and self.null_cond:
+                dropped = torch.rand(y.shape, device=y.device) < self.label_dropout
+                y = y.masked_fill(dropped, self.null_cond["y"])
             embedding = embedding + self.label(y)
         return F.silu(embedding)
 

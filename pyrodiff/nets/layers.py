@@ -14,6 +14,8 @@ from pyrodiff.errors import OptionError
 
 __all__ = [
     "Attention",
+    "AttentionPool",
+    "AveragePool",
     "Downsample",
     "GroupNorm",
     "ResidualBlock",
@@ -246,3 +248,55 @@ class Attention(nn.Module):
         tokens = F.scaled_dot_product_attention(q, k, v)  # [N, heads, L, C / heads]
         tokens = self.out(tokens.transpose(1, 2).flatten(2))
         return x + tokens.transpose(1, 2).reshape(x.shape)
+
+
+class AveragePool(nn.Module):
+    """The mean over all positions, followed by a linear layer, which starts at 0.
+
+    Args:
+        channels: channels of the input.
+        outputs: size of the output.
+    """
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.out = zero_parameters(nn.Linear(channels, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, *size] to [N, outputs]."""
+        return self.out(x.flatten(2).mean(2))
+
+
+class AttentionPool(nn.Module):
+    """Attention of the mean over all positions to itself and to each of them, followed by a linear layer, which starts at 0.
+
+    The pooling of "Learning Transferable Visual Models From Natural Language Supervision" (Radford et al., 2021), section
+    2.4, https://arxiv.org/abs/2103.00020.
+
+    Args:
+        channels: channels of the input.
+        outputs: size of the output.
+        positions: number of positions of the input; each has an embedding, and so has the mean.
+        heads: number of heads; divides ``channels``.
+
+    Raises:
+        OptionError: ``heads`` does not divide ``channels``.
+    """
+
+    def __init__(self, channels: int, outputs: int, *, positions: int, heads: int) -> None:
+        super().__init__()
+        if heads < 1 or channels % heads:
+            raise OptionError(f"{heads} attention heads do not divide {channels} channels")
+        self.heads = heads
+        self.positions = nn.Parameter(torch.randn(channels, 1 + positions) / channels**0.5)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero_parameters(nn.Linear(channels, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, *size] to [N, outputs]."""
+        x = x.flatten(2)
+        x = torch.cat([x.mean(2, keepdim=True), x], dim=2) + self.positions
+        qkv = self.qkv(x.transpose(1, 2))  # [N, 1 + L, 3 C]
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        pooled = F.scaled_dot_product_attention(q[:, :, :1], k, v)  # [N, heads, 1, C / heads]
+        return self.out(pooled.flatten(1))

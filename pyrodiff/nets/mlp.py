@@ -41,10 +41,12 @@ class MLP(nn.Module):
         width: size of the hidden layers, even.
         depth: number of residual blocks, each of two layers.
         classes: number of class labels, or None for a network without labels.
+        label_dropout: see :class:`~pyrodiff.nets.UNet`.
 
     Attributes:
         config: the arguments above; ``MLP(**net.config)`` is the same architecture.
         cond_event_dims: dims of each conditioning value beyond N.
+        null_cond: see :class:`~pyrodiff.nets.UNet`.
 
     Raises:
         OptionError: an argument is outside its range.
@@ -60,6 +62,7 @@ class MLP(nn.Module):
         width: int = 128,
         depth: int = 3,
         classes: int | None = None,
+        label_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -68,6 +71,7 @@ class MLP(nn.Module):
             "width": width,
             "depth": depth,
             "classes": classes,
+            "label_dropout": label_dropout,
         }
         outputs = features if out_features is None else out_features
         for name, value in (("features", features), ("out_features", outputs), ("depth", depth)):
@@ -75,7 +79,8 @@ class MLP(nn.Module):
                 raise OptionError(f"{name}={value} is not positive")
         self.features = features
         self.cond_event_dims = {} if classes is None else {"y": 0}
-        self.embedding = ConditionEmbedding(width, width, classes=classes)
+        self.embedding = ConditionEmbedding(width, width, classes=classes, label_dropout=label_dropout)
+        self.null_cond = self.embedding.null_cond
         self.input = nn.Linear(features, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.output = zero_parameters(nn.Linear(width, outputs))
@@ -86,7 +91,8 @@ class MLP(nn.Module):
         Args:
             x: tensor of shape [N, features].
             log_snr: floating-point tensor of shape [N], finite, in nats.
-            y: class labels, integer tensor of shape [N]; wanted if and only if ``classes`` is set.
+            y: class labels, integer tensor of shape [N]; wanted if and only if ``classes`` is set. The null class, if
+                there is one, is label ``classes``.
 
         Returns:
             Tensor of shape [N, out_features].
