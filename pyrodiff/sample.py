@@ -190,7 +190,8 @@ def dpm_2m(p: Kernel, x_t: Tensor, t: int, before: Tensor | None, eta: float, co
 def heun(p: Kernel, x_t: Tensor, t: int, before: Tensor | None, eta: float, cond: dict[str, Any]) -> Move:
     r"""Heun's method in :math:`x_t / \alpha_t` as a function of :math:`\sigma_t / \alpha_t`: EDM's algorithm 1, second order.
 
-    Two network calls for a step but the last, which is the denoiser (``eta`` is not used).
+    Two network calls for a step but the last, which is the denoiser (``eta`` is not used). A first step from where alpha is next
+    to 0, as at T of the cosine schedule, is a long one: leave that end out (``steps="ddim10"``).
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = (_scales(p.forward_process, x_t, u) for u in (t, t - 1))
     noise_t, noise_s = sigma_t / alpha_t, sigma_s / alpha_s
