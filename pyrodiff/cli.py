@@ -30,7 +30,7 @@ from .errors import CheckpointError, DataError, OptionError, PyrodiffError, chec
 from .interop import convert as formats
 from .laboratory.budget import estimate_elbo
 from .laboratory.compare import compare_estimators
-from .report import ScoringOptions, bar, classes_of, data_range, report, score
+from .report import ScoringOptions, bar, classes_of, conditioning, data_range, enlarges, report, score
 from .sample import sample as draw
 from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, Schedule
 from .training import checkpoint
@@ -56,6 +56,8 @@ class NetOptions:
         dropout: dropout probability.
         fourier_features: integers n; sin and cos of 2^n pi x join the input.
         conditional: whether the network sees the class labels.
+        label_dropout: share of the labels that are dropped in training, for classifier-free guidance.
+        low_res: size of the smaller images that the network is given, to enlarge them; default none.
     """
 
     width: int = 24
@@ -66,6 +68,8 @@ class NetOptions:
     dropout: float = 0.0
     fourier_features: list[int] = field(default_factory=lambda: [3, 4])
     conditional: bool = False
+    label_dropout: float = 0.0
+    low_res: int | None = None
 
 
 @dataclass
@@ -182,6 +186,8 @@ def train(
     images = load_data(data, seed=seed, levels=levels, data_dir=data_dir)
     if net.conditional and images.train_labels is None:
         raise OptionError(f"net.conditional=true, but {images.name} has no labels")
+    if net.low_res is not None and len(images.event_shape) == 1:
+        raise OptionError(f"net.low_res={net.low_res!r} is for images, and {images.name} holds vectors")
     if resume and out is None:
         raise OptionError("resume=true needs out: the folder of the run to continue")
     folder = Path(out) if out is not None else _free_folder(Path("runs") / images.name)
@@ -205,7 +211,8 @@ def train(
         print(
             f"{images.description}\n{type(diffusion.net).__name__} with {parameters:,} parameters, T = {diffusion.steps}"
         )
-    cond, validation_cond = _labels(net, images.train_labels), _labels(net, images.validation_labels)
+    cond = conditioning(diffusion, images.train, images.train_labels, net.low_res)
+    validation_cond = conditioning(diffusion, images.validation, images.validation_labels, net.low_res)
     result = fit(
         diffusion, images.train, images.validation, cond=cond, validation_cond=validation_cond,
         folder=folder, resume=resume, seed=seed, device=device, progress=progress, **asdict(training),
@@ -220,7 +227,7 @@ def train(
     if first:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            rows = report(diffusion, images, scoring, folder, seed, progress)
+            rows = report(diffusion, images, scoring, folder, seed, progress, net.low_res)
         rows.insert(0, ("training", f"{result.steps} steps in {result.seconds:.0f} s, best at {result.best_step}"))
         rows.append(("all in", f"{time.monotonic() - started:.0f} s"))
         print()
@@ -240,6 +247,7 @@ def elbo(
     repeats: int = 4,
     chain: bool = True,
     images: int | None = None,
+    low_res: int | None = None,
     data_dir: str | None = None,
     levels: int | None = None,
     se: float | None = None,
@@ -258,6 +266,7 @@ def elbo(
         repeats: independent repeats; from 2 on there is a standard error over noise.
         chain: with all timesteps, walk one chain per image; false draws each state independently.
         images: score only the first so many.
+        low_res: size of the smaller images that an upsampler is given; default the run's own.
         data_dir: where mnist and fashion-mnist lie.
         levels: number of levels of an integer array whose dtype does not tell.
         se: only the total, to this standard error in bits/dim, with the fewest network evaluations.
@@ -267,7 +276,7 @@ def elbo(
         progress: show a progress bar.
     """
     check_option("over", over, ("examples", "noise"))
-    scored = _scored(run, data, split, images, data_dir, levels, seed, device)
+    scored = _scored(run, data, split, images, low_res, data_dir, levels, seed, device)
     print(f"{scored.about}, T = {scored.diffusion.steps}")
     if se is not None:
         options: Any = {"seed": seed, "progress": bar(progress), **scored.cond}
@@ -291,6 +300,7 @@ def compare(
     controls: bool = False,
     gradients: int = 16,
     se: float | None = None,
+    low_res: int | None = None,
     data_dir: str | None = None,
     levels: int | None = None,
     seed: int = 0,
@@ -312,6 +322,7 @@ def compare(
         controls: add estimators known to be biased.
         gradients: draws of every gradient; 0 for no gradients.
         se: also estimate the bound of the whole split to this standard error, bits/dim.
+        low_res: size of the smaller images that an upsampler is given; default the run's own.
         data_dir: where mnist and fashion-mnist lie.
         levels: number of levels of an integer array whose dtype does not tell.
         seed: of everything.
@@ -320,7 +331,7 @@ def compare(
     """
     if examples < 1:
         raise OptionError(f"examples={examples!r} is not at least 1")
-    scored = _scored(run, data, split, None, data_dir, levels, seed, device)
+    scored = _scored(run, data, split, None, low_res, data_dir, levels, seed, device)
     diffusion = scored.diffusion if steps is None else scored.diffusion.respace(steps)
     cond = {k: v[:examples] for k, v in scored.cond.items()}
     pool = {} if se is None else {"pool": scored.x0, "se": se, "pool_cond": scored.cond}
@@ -342,8 +353,13 @@ def sample(
     steps: str | None = None,
     eta: float = 0.0,
     guidance_scale: float = 1.0,
+    classifier: str | None = None,
+    classifier_scale: float = 1.0,
     last: str = "mean",
     label: int | None = None,
+    low_res: int | None = None,
+    data: str | None = None,
+    split: str = "test",
     seed: int = 0,
     device: str | None = None,
     progress: bool = True,
@@ -358,8 +374,13 @@ def sample(
         steps: a respacing of the chain: 50, ddim50, 10,10,10, ...; default all steps.
         eta: noise of ddim and dpm++2m, from 0 (none) to 1.
         guidance_scale: of classifier-free guidance towards the label, for a network with a null class; 1 for none.
+        classifier: a classifier of noisy images to guide towards the label: its folder, or a guided-diffusion .pt file.
+        classifier_scale: what its log-probability is multiplied by.
         last: mean (the decoder's mean, no noise at the last step) or sample (a draw from the decoder).
-        label: class to draw, for a conditional model.
+        label: class to draw, for a conditional model or a classifier.
+        low_res: size of the smaller images that an upsampler is given, made of the data's; default the run's own.
+        data: whose images an upsampler enlarges; default the run's own.
+        split: train, validation or test.
         seed: sample i depends on the seed and i alone.
         device: default cuda where there is one.
         progress: show a progress bar.
@@ -371,11 +392,29 @@ def sample(
         raise OptionError(f"n={n!r} is not in 1..{_MAX_SAMPLES}")
     if path.suffix == ".png" and len(diffusion.event_shape) != 3:
         raise OptionError(f"out={out!r} is a picture, and the model's are vectors: give a .npy")
-    classes = classes_of(diffusion)
+    options: dict[str, Any] = {"eta": eta, "guidance_scale": guidance_scale, "progress": bar(progress)}
+    classes, at = classes_of(diffusion), next(diffusion.parameters()).device
+    if classifier is not None:
+        if label is None:
+            raise OptionError(f"classifier={classifier!r} guides towards a label, which is not given")
+        judge = formats.load_classifier(classifier).to(at)
+        options["classifier"] = lambda x_t, t, y: classifier_scale * judge.log_prob(x_t, t, y)
+        options["classifier_cond"] = {"y": label}
+        if classes is None:
+            classes = getattr(judge.net, "config", {}).get("classes")
     if label is not None and classes is not None and not 0 <= label < classes:
         raise OptionError(f"label={label!r} is not in 0..{classes - 1}")
-    cond: Any = {} if label is None else {"y": torch.full((n,), label, device=next(diffusion.parameters()).device)}
-    options: Any = {"eta": eta, "guidance_scale": guidance_scale, "progress": bar(progress)}
+    cond: Any = {}
+    if (
+        low_res is not None
+        or data is not None
+        or (getattr(diffusion.net, "config", None) or {}).get("low_res_channels")
+    ):
+        check_option("split", split, ("train", "validation", "test"))
+        _, told = _told(run, diffusion, _run_data(run, data, None, None), split, low_res)
+        cond = {k: v[torch.arange(n, device=at) % len(v)] for k, v in told.items()}
+    if label is not None and (classifier is None or classes_of(diffusion) is not None):
+        cond["y"] = torch.full((n,), label, device=at)
     x = draw(diffusion, n, method, steps, seed, last, **options, **cond)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
@@ -426,6 +465,7 @@ def _scored(
     data: str | None,
     split: str,
     images: int | None,
+    low_res: int | None,
     data_dir: str | None,
     levels: int | None,
     seed: int,
@@ -443,14 +483,23 @@ def _scored(
             "continuous" if b is None else f"on {b[0]} levels" for b in (loaded.bins, diffusion.reverse_kernel.bins)
         ]
         raise DataError(f"{loaded.name} is {kinds[0]}, the model {kinds[1]}: their bits/dim would mean nothing")
-    x0 = getattr(loaded, split)[:images]
-    labels = getattr(loaded, f"{split}_labels")
-    classes = classes_of(diffusion)
+    x0, cond = _told(run, diffusion, loaded, split, low_res)
+    x0, cond = x0[:images], {k: v[:images] for k, v in cond.items()}
+    return _Scored(diffusion, x0, cond, f"{loaded.description}; {len(x0)} images of the {split} split")
+
+
+def _told(
+    run: str, diffusion: GaussianDiffusion, loaded: ImageData, split: str, low_res: int | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The images of a split, and what the network is told of them, on its device."""
+    at = next(diffusion.parameters()).device
+    x0, labels, classes = getattr(loaded, split), getattr(loaded, f"{split}_labels"), classes_of(diffusion)
     if classes is not None and labels is not None and int(labels.max()) >= classes:
         raise DataError(f"{loaded.name} has label {int(labels.max())}, and the model {classes} classes")
-    at = next(diffusion.parameters()).device
-    cond = {"y": labels[: len(x0)].to(at)} if labels is not None and classes is not None else {}
-    return _Scored(diffusion, x0.to(at), cond, f"{loaded.description}; {len(x0)} images of the {split} split")
+    if low_res is None and enlarges(diffusion):
+        net = _run_options(run).get("net")
+        low_res = net.get("low_res") if isinstance(net, dict) else None
+    return x0.to(at), {k: v.to(at) for k, v in conditioning(diffusion, x0, labels, low_res).items()}
 
 
 def _taken(folder: Path) -> bool:
@@ -482,19 +531,19 @@ def _build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if len(images.event_shape) == 1:
-            built = nets.MLP(channels, out_features=outputs, width=net.width, depth=net.blocks, classes=classes)
+            built = nets.MLP(
+                channels, out_features=outputs, width=net.width, depth=net.blocks, classes=classes,
+                label_dropout=net.label_dropout,
+            )  # fmt: skip
         else:
             built = nets.UNet(
                 channels, out_channels=outputs, width=net.width, multipliers=net.multipliers, blocks=net.blocks,
                 attention=net.attention, resample=net.resample, dropout=net.dropout, fourier_features=net.fourier_features, classes=classes,
+                label_dropout=net.label_dropout, low_res_channels=0 if net.low_res is None else channels,
             )  # fmt: skip
             if len(images.event_shape) == 3:  # a quarter faster on a CPU, and what tensor cores want
                 built = built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return GaussianDiffusion(built, schedule.build(), images.event_shape, bins=images.bins, **asdict(model))
-
-
-def _labels(net: NetOptions, labels: Tensor | None) -> dict[str, Tensor]:
-    return {"y": labels} if net.conditional and labels is not None else {}
 
 
 def _load(run: str, device: str | None) -> GaussianDiffusion:
@@ -505,21 +554,26 @@ def _run_data(run: str, data: str | None, data_dir: str | None, levels: int | No
     """The data named, or the run's own."""
     if data is not None:
         return load_data(data, data_dir=data_dir, levels=levels)
-    path = _run_folder(run) / "run.yaml"
-    if not path.is_file():
-        raise OptionError(f"{path} does not exist, so that the run's data is unknown: name it with --data")
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} is no YAML: {error}") from None
-    if not isinstance(options, dict) or not isinstance(options.get("data"), str):
-        raise DataError(f"{path} does not name the run's data")
+    options = _run_options(run)
+    if not isinstance(options.get("data"), str):
+        path = _run_folder(run) / "run.yaml"
+        raise OptionError(f"{path} does not name the run's data: name it with --data")
     return load_data(
         options["data"],
         seed=options.get("seed", 0),
         levels=levels or options.get("levels"),
         data_dir=data_dir or options.get("data_dir"),
     )
+
+
+def _run_options(run: str) -> dict[str, Any]:
+    """What the run was started with; nothing for a model without a run."""
+    path = _run_folder(run) / "run.yaml"
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} is no YAML: {error}") from None
+    return options if isinstance(options, dict) else {}
 
 
 # ---------------------------------------------------------------------- the entry point

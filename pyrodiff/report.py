@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import inference_data, plots
 from .diffusion import GaussianDiffusion
@@ -20,7 +21,7 @@ from .sample import sample, trajectory
 from .training import metrics
 from .training.data import ImageData, to_levels
 
-__all__ = ["ScoringOptions", "report", "score"]
+__all__ = ["ScoringOptions", "bar", "classes_of", "conditioning", "data_range", "enlarges", "report", "score"]
 
 
 @dataclass
@@ -68,8 +69,45 @@ def bar(progress: bool) -> bool:
 
 def classes_of(diffusion: GaussianDiffusion) -> int | None:
     """Number of class labels that the network knows."""
+    return _config(diffusion).get("classes")
+
+
+def enlarges(diffusion: GaussianDiffusion) -> bool:
+    """Whether the network is given smaller images."""
+    return bool(_config(diffusion).get("low_res_channels"))
+
+
+def _config(diffusion: GaussianDiffusion) -> dict[str, Any]:
     config = getattr(diffusion.net, "config", None)
-    return config.get("classes") if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else {}
+
+
+def conditioning(
+    diffusion: GaussianDiffusion, x0: Tensor, labels: Tensor | None, low_res: int | None
+) -> dict[str, Tensor]:
+    """What the network is told of images: their labels, if it knows classes; themselves at a smaller size, if it enlarges.
+
+    Args:
+        diffusion: the model.
+        x0: the images, ``[B, *event]``.
+        labels: ``[B]``, or None.
+        low_res: the smaller size, to which pixels are averaged, as guided-diffusion's upsamplers are trained.
+
+    Raises:
+        OptionError: the size is missing, given for nothing, or not smaller.
+    """
+    told = {"y": labels} if labels is not None and classes_of(diffusion) is not None else {}
+    if not enlarges(diffusion):
+        if low_res is not None:
+            raise OptionError(
+                f"low_res={low_res!r} is for a network that is given smaller images, which this one is not"
+            )
+        return told
+    if low_res is None:
+        raise OptionError("the network enlarges images: name the size of those it is given, low_res=4 or so")
+    if not 1 <= low_res <= min(x0.shape[2:]):
+        raise OptionError(f"low_res={low_res!r} is not in 1..{min(x0.shape[2:])}")
+    return told | {"low_res": F.interpolate(x0, (low_res,) * (x0.dim() - 2), mode="area")}
 
 
 def score(
@@ -101,16 +139,18 @@ def report(
     folder: Path,
     seed: int,
     progress: bool,
+    low_res: int | None = None,
 ) -> list[tuple[str, str]]:
     """Score, draw, and write everything; returns the lines of the summary."""
     test = images.test[: scoring.images]
     classes = classes_of(diffusion)
-    device, cond, labels = next(diffusion.parameters()).device, {}, {}
-    if classes is not None:
-        cond["y"] = (torch.arange(scoring.samples) % classes).to(device)
-        if images.test_labels is not None:
-            labels["y"] = images.test_labels[: scoring.images]
-    terms = score(diffusion, test, labels, scoring.timesteps, scoring.repeats, True, progress)
+    labels = None if images.test_labels is None else images.test_labels[: scoring.images]
+    told = conditioning(diffusion, test, labels, low_res)
+    rows_of_test = torch.arange(scoring.samples) % len(test)
+    cond = {k: v[rows_of_test] for k, v in told.items()}
+    if low_res is None and classes is not None:  # as many of each; smaller images keep their own labels
+        cond["y"] = torch.arange(scoring.samples) % classes
+    terms = score(diffusion, test, told, scoring.timesteps, scoring.repeats, True, progress)
     rows = [("test", f"{bits_per_dim(terms)}, {len(test)} images")]
     rows += [(f"  {part}", str(bits_per_dim(terms, part))) for part in ("prior", "diffusion", "reconstruction")]
     rows.append(("  by MC KL", str(bits_per_dim(terms.by("monte_carlo")))))

@@ -113,7 +113,8 @@ def test_fit_reaches_bayes_rule():
     assert least - 4 * found.se_examples < found.mean < least + 0.01 + 4 * found.se_examples
     assert result.best.mean == min(record["validation_cross_entropy"] for record in result.records)
     assert {"validation_accuracy", "validation_se_noise"} <= set(result.records[-1])
-    assert not any("bits" in name for name in result.records[-1])
+    assert "train_cross_entropy" in result.records[-1]
+    assert not any("bits" in name or "per_dim" in name for name in result.records[-1])
 
 
 def test_stock_svi_trains_it():

@@ -111,6 +111,53 @@ def test_images_train_and_are_drawn(data: Path, tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_upsampler_is_trained_scored_and_sampled_on_smaller_images(data: Path, tmp_path: Path, capsys):
+    options = [*flags(), "--net.multipliers", "[1]", "--net.attention", "[]", "--net.fourier_features", "[]"]
+    options += ["--progress", "false", "--net.conditional", "true", "--net.label_dropout", "0.2"]
+    folder = tmp_path / "run"
+    assert run("train", data / "labelled", "--out", folder, *options, "--net.low_res", 4) == 0
+    diffusion = pyrodiff.load(folder)
+    assert diffusion.net.config["low_res_channels"] == 1 and diffusion.net.null_cond == {"y": 2}
+    # the run knows the size; another may be given, and a model without a run needs one
+    for extra in ([], ["--low_res", 2], ["--label", 1, "--guidance_scale", 2]):
+        assert run("sample", folder, "--n", 3, "--out", tmp_path / "x.npy", *extra) == 0
+    assert np.load(tmp_path / "x.npy").shape == (3, 1, 8, 8)
+    assert run("elbo", folder, "--timesteps", 2) == 0
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    capsys.readouterr()
+    assert run("elbo", tmp_path, "--data", data / "labelled", "--timesteps", 2) == 2
+    assert "low_res=4 or so" in capsys.readouterr().err
+    assert run("elbo", tmp_path, "--data", data / "labelled", "--timesteps", 2, "--low_res", 4) == 0
+    assert run("elbo", folder, "--timesteps", 2, "--low_res", 9) == 2
+    assert run("train", data / "vectors.npy", "--out", tmp_path / "v", *flags(), "--net.low_res", 4) == 2
+    assert not (tmp_path / "v").exists()
+
+
+def test_a_classifier_guides_from_the_command_line(data: Path, tmp_path: Path, capsys):
+    options = [*flags(), "--net.multipliers", "[1]", "--net.attention", "[]", "--net.fourier_features", "[]"]
+    assert run("train", data / "images", "--out", tmp_path / "run", *options, "--progress", "false") == 0
+    schedule = pyrodiff.load(tmp_path / "run").schedule
+    net = pyrodiff.nets.Classifier(1, classes=3, width=8, multipliers=(1,), blocks=1)
+    torch.nn.init.normal_(net.pool.out.weight)
+    pyrodiff.save(tmp_path / "classifier", pyrodiff.NoisyClassifier(net, schedule, (1, 8, 8)))
+
+    def drawn(*extra: object) -> np.ndarray:
+        assert run("sample", tmp_path / "run", "--n", 2, "--out", tmp_path / "x.npy", *extra) == 0
+        return np.load(tmp_path / "x.npy")
+
+    guide = ["--classifier", tmp_path / "classifier", "--label", 2]
+    assert np.array_equal(drawn(), drawn(*guide, "--classifier_scale", 0))
+    assert not np.array_equal(drawn(), drawn(*guide))
+    capsys.readouterr()
+    for mistake, said in (
+        (guide[:2], "towards a label"),
+        ([*guide[:2], "--label", 3], "label=3 is not in 0..2"),
+        (["--classifier", tmp_path / "run", "--label", 1], "kind 'model', not 'classifier'"),
+    ):
+        assert run("sample", tmp_path / "run", "--n", 2, "--out", tmp_path / "x.npy", *mistake) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_labelled_images_train_a_conditional_model(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = [*flags(), "--net.multipliers", "[1]", "--net.attention", "[]", "--net.fourier_features", "[]"]
     folder = tmp_path / "run"

@@ -56,3 +56,15 @@ def test_the_example_runs(mini, capsys):
 def test_the_example_stands_alone():
     text = (EXAMPLES / "mini_ddpm.py").read_text()
     assert "import pyrodiff" not in text and text.count("\n") <= 150
+
+
+def test_guidance_of_digits_runs(tmp_path, capsys):
+    net = pyrodiff.nets.UNet(1, width=8, multipliers=(1,), blocks=1)
+    diffusion = pyrodiff.GaussianDiffusion(net, pyrodiff.CosineSchedule(20), (1, 8, 8), bins=(17, -1.0, 1.0))
+    pyrodiff.save(tmp_path / "run", diffusion)
+    spec = importlib.util.spec_from_file_location("guided_digits", EXAMPLES / "guided_digits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(str(tmp_path / "run"), str(tmp_path / "x.png"), steps=2, per_class=4, chain="3")
+    assert "scale 3:" in capsys.readouterr().out
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -13,12 +13,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pyrodiff.classifier import NoisyClassifier
 from pyrodiff.diffusion import GaussianDiffusion
 from pyrodiff.errors import CheckpointError, OptionError, check_option
 from pyrodiff.interop import diffusers, guided_diffusion
 from pyrodiff.training import checkpoint
 
-__all__ = ["FORMATS", "convert", "describe", "format_of", "load"]
+__all__ = ["FORMATS", "convert", "describe", "format_of", "load", "load_classifier"]
 
 FORMATS = ("pyrodiff", "diffusers", "guided-diffusion")
 
@@ -66,6 +67,18 @@ def load(source: str | os.PathLike[str], card: str | os.PathLike[str] | None = N
     if card is not None:
         raise OptionError(f"card={os.fspath(card)!r} is for guided-diffusion, and {os.fspath(source)!r} is {kind}'s")
     return diffusers.load(source) if kind == "diffusers" else checkpoint.load(source)
+
+
+def load_classifier(source: str | os.PathLike[str]) -> NoisyClassifier:
+    """Load a classifier of noisy images, on the CPU: what ``pyrodiff.save`` wrote, or a file of guided-diffusion.
+
+    Raises:
+        CheckpointError: the files are unsound, or hold no classifier.
+        OptionError: a guided-diffusion file of an unknown name, without a ``.json`` file beside it.
+    """
+    if format_of(source) == "guided-diffusion":
+        return guided_diffusion.load_classifier(source)
+    return checkpoint.load_classifier(source)
 
 
 def describe(source: str | os.PathLike[str], card: str | os.PathLike[str] | None = None) -> dict[str, Any]:

@@ -217,9 +217,7 @@ def fit(
                 run.save()
                 bar.set_postfix_str(run.describe(run.running), refresh=False)
                 if shown and bar.disable:
-                    mean = result.records[-1][
-                        "train_loss_nats_per_dim"
-                    ]  # a log has the record's figure, the bar a running one
+                    mean = result.records[-1][run.loss_name]  # a log has the record's figure, the bar a running one
                     text = run.describe(math.nan if mean is None else mean)
                     print(f"step {result.steps} of {steps}: {text}", file=sys.stderr, flush=True)
         if run.stopped or stop.requested:
@@ -353,7 +351,10 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(checkpoint.lock(self.folder))
         self.result = Fit()
-        self.dims = diffusion.event_shape.numel() if isinstance(diffusion, GaussianDiffusion) else 1
+        # A bound is per dim, a class is one for the whole example.
+        self.dims, self.loss_name = diffusion.event_shape.numel(), "train_loss_nats_per_dim"
+        if isinstance(diffusion, NoisyClassifier):
+            self.dims, self.loss_name = 1, "train_cross_entropy"
         self.elbo = _recording(ELBOS[options["kl"]])()
         self.loss: nn.Module = self.elbo(diffusion.model, diffusion.guide)
         self.optimizer: Any = torch.optim.AdamW(
@@ -478,7 +479,7 @@ class _Run:
             return
         mean = self.total / self.counted if self.counted else None
         self.total, self.counted = 0.0, 0
-        record: dict[str, Any] = {"step": self.result.steps, "train_loss_nats_per_dim": mean, "lr": self._last_lr()}
+        record: dict[str, Any] = {"step": self.result.steps, self.loss_name: mean, "lr": self._last_lr()}
         if mean is not None and self.diffusion.objective == "elbo":
             record["train_bits_per_dim"] = mean / math.log(2)
         bound: Estimate | None = None
