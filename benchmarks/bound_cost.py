@@ -23,7 +23,7 @@ import yaml
 from tqdm import tqdm
 
 import pyrodiff
-from pyrodiff.laboratory import draws
+from pyrodiff import draws
 from pyrodiff.laboratory.budget import estimate_elbo
 
 

@@ -30,9 +30,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import pyrodiff
-from pyrodiff import CosineSchedule, GaussianDiffusion, LinearSchedule, LogLinearSchedule, TableSchedule, plots
+from pyrodiff import CosineSchedule, GaussianDiffusion, LinearSchedule, LogLinearSchedule, TableSchedule, draws, plots
 from pyrodiff.errors import DataError
-from pyrodiff.laboratory import draws
 from pyrodiff.laboratory.budget import estimate_elbo
 from pyrodiff.laboratory.gradients import compare_gradients
 from pyrodiff.schedules import Schedule

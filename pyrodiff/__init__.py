@@ -16,6 +16,7 @@ from .forward import ForwardProcess
 from .inference_data import compare_models, to_datatree
 from .laboratory.budget import estimate_elbo
 from .laboratory.compare import compare_estimators
+from .likelihood.methods import log_likelihood
 from .reverse import ReverseKernel
 from .sample import invert, rsample, sample, step_log_probs, trajectory
 from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, TableSchedule
@@ -49,6 +50,7 @@ __all__ = [
     "load",
     "load_classifier",
     "load_data",
+    "log_likelihood",
     "nets",
     "rsample",
     "sample",

@@ -169,6 +169,28 @@ class ReverseKernel(nn.Module):
         r""":math:`\hat x_0(x_t)`, the network's estimate of :math:`E[x_0 \mid x_t]`, ``[*batch, *event]``; clipped if asked."""
         return self.clipped(self._predict(x_t, self._as_steps(x_t, t), cond).x0_hat)
 
+    def denoise_at(self, x: Tensor, log_snr: float | Tensor, **cond: Tensor) -> Tensor:
+        r""":math:`\hat x_0` at a log-SNR that need be no step's; clipped if asked.
+
+        Args:
+            x: :math:`\alpha x_0 + \sigma \epsilon`, ``[*batch, *event]``.
+            log_snr: broadcasting with ``batch`` (a schedule per element: followed by its event dims).
+            cond: passed to the network.
+
+        Returns:
+            ``[*batch, *event]``.
+
+        Raises:
+            OptionError: ``prediction="previous"``, the mean of a step's end, which steps alone have.
+        """
+        check_option("prediction", self.prediction, COORDINATES)
+        log_snr = torch.as_tensor(log_snr, dtype=torch.float64, device=x.device)
+        event_dim = self.forward_process.event_dim
+        if event_dim is None:
+            event_dim = x.dim() - log_snr.dim() + self.schedule.event_dim
+        output, _ = self._call_net(x, log_snr, cond, event_dim)
+        return self.clipped(self._x0_hat(x, log_snr, output, event_dim))
+
     def respace(self, spec: str | int | Sequence[int]) -> ReverseKernel:
         """The kernel of a shorter chain (see :meth:`~pyrodiff.schedules.Schedule.respace`), around the same network."""
         schedule = self.schedule.respace(spec)
@@ -271,23 +293,32 @@ class ReverseKernel(nn.Module):
         return x_t.dim() - t.dim() if event_dim is None else event_dim
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Prediction:
-        event_dim = self._event_dim(x_t, t)
-        output = self._call_net(x_t, t, cond, event_dim)
-        variance_output = None
-        if self.learned_variance:
-            output, variance_output = output.chunk(2, dim=-event_dim)
+        event_dim, log_snr = self._event_dim(x_t, t), self.schedule.log_snr(t)
+        output, variance_output = self._call_net(x_t, log_snr, cond, event_dim)
         if self.prediction == "previous":
             _, a, b, _, _ = self.forward_process.posterior_terms(x_t, t)
             return Prediction((output - b * x_t) / a, variance_output, output)
-        log_snr = append_dims(self.schedule.log_snr(t), event_dim - self.schedule.event_dim)
-        u, w = COORDINATES[self.prediction](log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt())
-        return Prediction(u.to(x_t.dtype) * x_t + w.to(x_t.dtype) * output, variance_output, None)
+        return Prediction(self._x0_hat(x_t, log_snr, output, event_dim), variance_output, None)
 
-    def _call_net(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], event_dim: int) -> Tensor:
-        """Broadcast every batch dim, show the network one flat batch, restore the shape and the dtype."""
+    def _x0_hat(self, x_t: Tensor, log_snr: Tensor, output: Tensor, event_dim: int) -> Tensor:
+        """From what the network predicts in one of the coordinates."""
+        log_snr = append_dims(log_snr, event_dim - self.schedule.event_dim)
+        u, w = COORDINATES[self.prediction](log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt())
+        return u.to(x_t.dtype) * x_t + w.to(x_t.dtype) * output
+
+    def _call_net(
+        self, x_t: Tensor, log_snr: Tensor, cond: dict[str, Tensor], event_dim: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Broadcast every batch dim, show the network one flat batch, restore the shape and the dtype.
+
+        Returns:
+            What it predicts, and its variance channels.
+        """
+        if self.schedule.event_dim:  # a schedule per element: the network sees its mean
+            log_snr = log_snr.flatten(-self.schedule.event_dim).mean(-1)
         event_shape = x_t.shape[x_t.dim() - event_dim :]
         split = batch_dims(self.net, cond)
-        batches = [x_t.shape[: x_t.dim() - event_dim], t.shape, *(cond[k].shape[:n] for k, n in split.items())]
+        batches = [x_t.shape[: x_t.dim() - event_dim], log_snr.shape, *(cond[k].shape[:n] for k, n in split.items())]
         try:
             batch_shape = torch.broadcast_shapes(*batches)
         except RuntimeError:
@@ -301,11 +332,8 @@ class ReverseKernel(nn.Module):
             rest = value.shape[n:]
             return value.expand(batch_shape + rest).reshape((-1, *rest))
 
-        log_snr = self.schedule.log_snr(t).to(x_t.dtype)
-        if self.schedule.event_dim:  # a schedule per element: the network sees its mean
-            log_snr = log_snr.flatten(-self.schedule.event_dim).mean(-1)
         flat_cond = {k: flat(v, split[k]) if k in split else v for k, v in cond.items()}
-        output = self.net(flat(x_t, x_t.dim() - event_dim), flat(log_snr, t.dim()), **flat_cond)
+        output = self.net(flat(x_t, x_t.dim() - event_dim), flat(log_snr.to(x_t.dtype), log_snr.dim()), **flat_cond)
         expected = list(event_shape)
         if self.learned_variance and expected:
             expected[0] *= 2
@@ -315,7 +343,11 @@ class ReverseKernel(nn.Module):
                 f"(variance={self.variance!r}{', twice the channels' if self.learned_variance else ''})"
             )
         # Whatever precision the network ran in, the coefficients that follow need the data's.
-        return output.to(x_t.dtype).reshape(batch_shape + output.shape[1:])
+        output = output.to(x_t.dtype).reshape(batch_shape + output.shape[1:])
+        if not self.learned_variance:
+            return output, None
+        output, variance_output = output.chunk(2, dim=-event_dim)
+        return output, variance_output
 
     def extra_repr(self) -> str:
         """Shown by ``print``."""

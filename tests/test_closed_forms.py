@@ -199,11 +199,13 @@ def interpolate_variances(patch):
 
 def network_one_step_out(patch):
     original = ReverseKernel._call_net
-    patch.setattr(
-        ReverseKernel,
-        "_call_net",
-        lambda self, x_t, t, *rest: original(self, x_t, t % self.schedule.steps + 1, *rest),
-    )
+
+    def call(self, x_t, log_snr, *rest):
+        steps = self.schedule.steps
+        t = torch.searchsorted(-self.schedule.log_snr(torch.arange(1, steps + 1)), -log_snr) + 1
+        return original(self, x_t, self.schedule.log_snr(t % steps + 1), *rest)
+
+    patch.setattr(ReverseKernel, "_call_net", call)
 
 
 def wrong_sign(patch):

@@ -25,7 +25,7 @@ ROWS = (
     ("forward",),
     ("reverse",),
     ("diffusion",),
-    ("timesteps", "elbo", "sample", "likelihood", "classifier"),
+    ("timesteps", "elbo", "draws", "sample", "likelihood", "classifier"),
     ("inference",),
     ("training",),
     ("interop", "inference_data", "plots", "laboratory", "report", "cli", "__main__"),

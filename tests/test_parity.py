@@ -37,10 +37,9 @@ from test_golden import (
     program_traces,
 )
 
-from pyrodiff import CosineSchedule, GaussianDiffusion, LinearSchedule, sample
+from pyrodiff import CosineSchedule, GaussianDiffusion, LinearSchedule, draws, sample
 from pyrodiff.elbo import site_terms
 from pyrodiff.errors import OptionError
-from pyrodiff.laboratory import draws
 from pyrodiff.sample import invert
 
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "guided_diffusion.md"

@@ -10,9 +10,10 @@ import torch
 from oracles import DDPM, GaussianDenoiser, LinearModel, hermite, linear_betas
 
 import pyrodiff
+from pyrodiff import draws
 from pyrodiff.distributions import Gaussian
-from pyrodiff.laboratory import draws, values
-from pyrodiff.laboratory.draws import Terms
+from pyrodiff.draws import Terms
+from pyrodiff.laboratory import values
 
 X0 = 0.7
 GAIN, BIAS = 0.15, -0.1  # a denoiser that is not the exact one: nothing cancels by luck

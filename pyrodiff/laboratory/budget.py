@@ -47,10 +47,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .. import draws
 from .._tensor import check_event, take_rows
 from ..diffusion import GaussianDiffusion
 from ..errors import DataError, OptionError, ShapeError, check_option
-from . import draws
 
 __all__ = ["Design", "ELBOEstimate", "Moments", "Wiener", "estimate_elbo", "t_quantile", "terms"]
 

@@ -15,10 +15,10 @@ from .. import inference_data, plots
 from .._tensor import check_event
 from .._version import __version__
 from ..diffusion import GaussianDiffusion
+from ..draws import Draws
 from ..elbo import ELBOTerms
 from ..errors import OptionError, ShapeError
 from .budget import ELBOEstimate, estimate_elbo
-from .draws import Draws
 from .gradients import compare_gradients
 from .values import by_timestep, value_estimators
 

@@ -1,6 +1,6 @@
 r"""Estimators of one bound, side by side: which KL, which states, which timesteps, at what variance and cost.
 
-The bound is a sum of T + 1 terms (:mod:`pyrodiff.laboratory.draws`). An estimator chooses
+The bound is a sum of T + 1 terms (:mod:`pyrodiff.draws`). An estimator chooses
 
 * a **path**: one chain of states per example; every state drawn on its own; or a few random timesteps, weighted by 1 / p(t);
 * a **KL**: analytic, or from the log-ratio r = log q(x_s) - log p(x_s) of a draw x_s from q: k1 = r, k2 = r^2 / 2,
@@ -35,11 +35,11 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .. import draws as lab
 from .._tensor import take_rows
 from ..diffusion import GaussianDiffusion
+from ..draws import Draws, Noise, Terms
 from ..elbo import Estimate, site_terms
-from . import draws as lab
-from .draws import Draws, Noise, Terms
 
 if TYPE_CHECKING:
     import pandas

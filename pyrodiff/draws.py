@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from .._tensor import take_rows
-from ..diffusion import GaussianDiffusion
-from ..distributions import Gaussian
+from ._tensor import take_rows
+from .diffusion import GaussianDiffusion
+from .distributions import Gaussian
 
 __all__ = ["Draws", "Noise", "Terms", "chain", "independent", "prior", "steps"]
 
