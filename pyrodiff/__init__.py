@@ -19,7 +19,7 @@ from .laboratory.compare import compare_estimators
 from .likelihood.methods import log_likelihood
 from .reverse import ReverseKernel
 from .sample import invert, rsample, sample, step_log_probs, trajectory
-from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, TableSchedule
+from .schedules import CosineSchedule, LearnedSchedule, LinearSchedule, LogLinearSchedule, TableSchedule
 from .training.checkpoint import load, load_classifier, save
 from .training.data import load_data
 from .training.fit import fit
@@ -30,6 +30,7 @@ __all__ = [
     "ELBOTerms",
     "ForwardProcess",
     "GaussianDiffusion",
+    "LearnedSchedule",
     "LinearSchedule",
     "LogLinearSchedule",
     "NoisyClassifier",

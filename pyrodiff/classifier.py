@@ -73,8 +73,8 @@ class NoisyClassifier(nn.Module):
 
     @property
     def steps(self) -> int:
-        """Number of steps T."""
-        return self.schedule.steps
+        """Number of steps T; a classifier has no continuous time."""
+        return self.schedule.length
 
     evaluating = GaussianDiffusion.evaluating
 

@@ -12,8 +12,13 @@ forward chain (:attr:`GaussianDiffusion.noising`) has the same joint law, but no
 With one timestep per example the same bound costs one network call: training on a random timestep is subsampling the plate
 of timesteps, the scale being 1 / p(t).
 
+In continuous time (a schedule with ``steps=math.inf``) these one-timestep programs are all there is, with the same sites: x_s is
+the standardised infinitesimal step of :mod:`~pyrodiff.forward`, and t = 0 the reconstruction. :meth:`GaussianDiffusion.respace`
+gives chains of T steps around the same parameters.
+
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 5. https://arxiv.org/abs/2006.11239
+    Variational Diffusion Models (Kingma et al., 2021), sections 4 and 5. https://arxiv.org/abs/2107.00630
     Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015).
     https://arxiv.org/abs/1503.03585
 """
@@ -37,6 +42,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
 from ._tensor import append_dims, batch_dims, check_event, sum_event
 from .errors import OptionError, ProgramError, ShapeError, check_option
@@ -66,8 +72,9 @@ class GaussianDiffusion(nn.Module):
       plates of the caller's. Without x0 the model draws (one example per plate entry, or as many as ``cond`` has rows).
     * ``t``: None runs the whole chain, sites ``x_{T}``, ..., ``x_1``, ``x_0``. Integers 1..T, one per example, run one
       timestep of it: sites ``x_T``, ``x_t`` (drawn from the marginal, masked out in both programs), ``x_s`` (s = t - 1; masked
-      to t > 1) and ``x_0`` (masked to t = 1), the last two scaled by ``weight``.
-    * ``weight``: 1 / p(t) per example, ``[B]``; default T, which is right for uniform t.
+      to t > 1) and ``x_0`` (masked to t = 1), the last two scaled by ``weight``. In continuous time t is a float in [0, 1],
+      and 0 stands for 1.
+    * ``weight``: 1 / p(t) per example, ``[B]``; default: right for :mod:`~pyrodiff.timesteps`' uniform t (T).
     * ``cond``: passed to the network (class labels and the like).
 
     Args:
@@ -117,7 +124,7 @@ class GaussianDiffusion(nn.Module):
             raise OptionError(f"data_size={data_size!r} is not a positive number of examples")
         self.event_shape = torch.Size(event_shape)
         event_dim = len(self.event_shape)
-        of_schedule = schedule.log_snr(1).shape
+        of_schedule = schedule.log_snr(schedule.first).shape
         if len(of_schedule) > event_dim or any(
             a not in (1, b) for a, b in zip(of_schedule, self.event_shape, strict=False)
         ):
@@ -171,7 +178,7 @@ class GaussianDiffusion(nn.Module):
 
     @property
     def steps(self) -> int:
-        """Number of steps T."""
+        """Number of steps T; ``math.inf`` in continuous time."""
         return self.schedule.steps
 
     @contextmanager
@@ -215,6 +222,10 @@ class Program(nn.Module):
     @property
     def _q(self) -> ForwardProcess:
         return self.diffusion.forward_process
+
+    @property
+    def _schedule(self) -> Schedule:
+        return self.diffusion.schedule
 
     def _site(self, index: str | int) -> str:
         prefix = f"{self.diffusion.name}_" if self.diffusion.name else ""
@@ -265,14 +276,15 @@ class Program(nn.Module):
             )
         if not isinstance(t, Tensor):
             raise ShapeError(f"t is a {type(t).__name__}, not an integer tensor of one step in 1..T per example")
-        steps = self.diffusion.steps
-        if t.device.type == "cpu" and t.numel() and t.min() < 1:
-            raise ShapeError(f"t has values in {int(t.min())}..{int(t.max())}; timesteps are in 1..{steps}")
+        first, last = self._schedule.first, self._schedule.last
+        if t.device.type == "cpu" and t.numel() and t.min() < first:
+            raise ShapeError(f"t has values in {t.min():.6g}..{t.max():.6g}; timesteps are in {first}..{last}")
         if isinstance(weight, Tensor):
             if weight.dim() and weight.shape != t.shape:
                 raise ShapeError(f"weight has shape {list(weight.shape)}, not that of t, {list(t.shape)}")
             weight = weight.to(x0.device)
-        return x0, t.to(x0.device), float(steps) if weight is None else weight
+        t = t.to(x0.device)
+        return x0, t, self._schedule.weight(t) if weight is None else weight
 
     def _check_batch(self, t: Tensor, x_T: Tensor) -> None:
         batch = x_T.shape[: x_T.dim() - len(self.diffusion.event_shape)]
@@ -362,7 +374,7 @@ class Model(Program):
             return self._step(*self._one_step(x0, t, weight), x_T, cond)
 
     def _chain(self, x0: Tensor | None, x_T: dist.TorchDistribution, cond: dict[str, Tensor]) -> Tensor:
-        p, steps = self.reverse_kernel, self.diffusion.steps
+        p, steps = self.reverse_kernel, self._schedule.length
         x_t = pyro.sample(self._site(steps), x_T)
         for t in range(steps, 1, -1):
             x_t = pyro.sample(self._site(t - 1), p(x_t, t, **cond))
@@ -378,21 +390,29 @@ class Model(Program):
     def _step(
         self, x0: Tensor, t: Tensor, weight: Tensor | float, x_T: dist.TorchDistribution, cond: dict[str, Tensor]
     ) -> Tensor:
-        p, objective = self.reverse_kernel, self.diffusion.objective
+        p, objective, schedule = self.reverse_kernel, self.diffusion.objective, self._schedule
         self._check_batch(t, pyro.sample(self._site("T"), x_T if objective == "elbo" else x_T.mask(False)))
         x_t = pyro.sample(self._site("t"), x_T.mask(False))
         predicted = p.predict(x_t, t, **cond)
         if objective != "elbo":
-            pyro.factor(self._site("objective"), -self._error(predicted, x0, t) * (weight / self.diffusion.steps))
+            if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in schedule.parameters()):
+                raise ProgramError(
+                    f"objective={objective!r} is no bound: a learned schedule would make it small by leaving out noise; train "
+                    'with objective="elbo", or freeze the schedule by requires_grad_(False)'
+                )
+            # The mean over t: each of T steps is 1/T of it, and t = 0 of continuous time nothing.
+            share = weight * (t > 0) if schedule.continuous else weight / schedule.steps
+            pyro.factor(self._site("objective"), -self._error(predicted, x0, t) * share)
         if objective == "hybrid":
             predicted = predicted._replace(
                 x0_hat=predicted.x0_hat.detach(), mean=None if predicted.mean is None else predicted.mean.detach()
             )
         law_of_x_s, law_of_x_0 = p.laws(predicted, x_t, t)
         if law_of_x_s is not None:
-            with self._bound_site(weight, t > 1):
+            with self._bound_site(weight, t > schedule.first):
                 pyro.sample(self._site("s"), law_of_x_s)
-        with self._bound_site(weight, t == 1):
+            self._learn_interior(x0, x_t, t, law_of_x_s, weight)
+        with self._bound_site(weight, t == schedule.first):
             x_0 = pyro.sample(self._site(0), law_of_x_0, obs=x0)
         if x_0 is not x0:
             raise ProgramError(
@@ -400,6 +420,23 @@ class Model(Program):
                 "draw would be a reconstruction posing as a sample; drop t to sample the chain or to condition it"
             )
         return x_0
+
+    def _learn_interior(
+        self, x0: Tensor, x_t: Tensor, t: Tensor, law_of_x_s: dist.TorchDistribution, weight: Tensor | float
+    ) -> None:
+        r"""For a learned interior, a site of value 0 whose gradient is that of minus :math:`E[L^2] / D`.
+
+        L is what this draw of t adds to the diffusion term, so that its variance falls (VDM's appendix I.2); see
+        :meth:`~pyrodiff.schedules.LearnedSchedule.log_density`. Divided by the number of dims D, it grows with them as the
+        bound does.
+        """
+        log_density = self._schedule.log_density(t)
+        if log_density is None or self.diffusion.objective != "elbo":
+            return
+        with torch.no_grad():
+            loss = weight * (t > 0) * kl_divergence(self._q.posterior(x0, x_t, t), law_of_x_s)
+        square = loss**2 / self.diffusion.event_shape.numel()
+        pyro.factor(self._site("interior"), square * (log_density - log_density.detach()).to(square))
 
     def _error(self, predicted: Prediction, x0: Tensor, t: Tensor) -> Tensor:
         """The objective's weighted squared error, summed over the event: ``[B]``."""
@@ -440,22 +477,22 @@ class Guide(Program):
             return self._step(*self._one_step(x0, t, weight))
 
     def _chain(self, x0: Tensor) -> Tensor:
-        q, steps = self.forward_process, self.diffusion.steps
+        q, steps = self.forward_process, self._schedule.length
         x_t = pyro.sample(self._site(steps), q.marginal(x0, steps))
         for t in range(steps, 1, -1):
             x_t = pyro.sample(self._site(t - 1), q.posterior(x0, x_t, t))
         return x_t
 
     def _step(self, x0: Tensor, t: Tensor, weight: Tensor | float) -> Tensor:
-        q, steps = self.forward_process, self.diffusion.steps
-        x_T = q.marginal(x0, steps)
+        q, schedule = self.forward_process, self._schedule
+        x_T = q.marginal(x0, schedule.last)
         self._check_batch(
             t, pyro.sample(self._site("T"), x_T if self.diffusion.objective == "elbo" else x_T.mask(False))
         )
         x_t = pyro.sample(self._site("t"), q.marginal(x0, t).mask(False))
-        if steps > 1:
-            with self._bound_site(weight, t > 1):  # rows at t = 1 are masked; 2 in their place keeps the scale positive
-                pyro.sample(self._site("s"), q.posterior(x0, x_t, t.clamp(min=2)))
+        if schedule.steps > 1:
+            with self._bound_site(weight, t > schedule.first):  # rows at t = 1 are masked: any x_s will do
+                pyro.sample(self._site("s"), q.posterior(x0, x_t, q.with_x_s(t)))
         return x_t
 
 
@@ -475,6 +512,6 @@ class Noising(Program):
         register(self.diffusion, self, prefix="reverse_kernel")
         with self._plate(self._batch(x0, cond)):
             x_s = x0
-            for t in range(1, self.diffusion.steps + 1):
+            for t in range(1, self._schedule.length + 1):
                 x_s = pyro.sample(self._site(t), self.forward_process.transition(x_s, t - 1, t))
         return x_s

@@ -7,7 +7,8 @@ r"""The ELBO ledger: every term of the bound, with its standard error; and ELBOs
     + \sum_{t=2}^{T} \underbrace{E\, KL(q(x_{t-1} \mid x_t, x_0) \,\|\, p(x_{t-1} \mid x_t))}_{\text{diffusion}}
     \underbrace{-\, E \log p(x_0 \mid x_1)}_{\text{reconstruction}}
 
-Terms are in nats per example, summed over the event; :func:`bits_per_dim` changes the unit, at the edge.
+Terms are in nats per example, summed over the event; :func:`bits_per_dim` changes the unit, at the edge. In continuous time the
+sum is :math:`\int_0^1 -\tfrac12 \frac{d\,\mathrm{SNR}}{dt} E|x_0 - \hat x_0|^2 dt`, and a column is its integrand at a t.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 5. https://arxiv.org/abs/2006.11239
@@ -37,6 +38,7 @@ from tqdm.auto import tqdm
 from ._tensor import check_event, take_rows
 from .diffusion import GaussianDiffusion
 from .errors import OptionError, ProgramError, ShapeError, check_option
+from .schedules import Schedule
 
 __all__ = [
     "BitsPerDim",
@@ -58,10 +60,10 @@ class ELBOTerms:
     Attributes:
         kl: ``"analytic"`` or ``"monte_carlo"``: how the prior and diffusion terms were computed.
         dims: number of dims D of an example.
-        t: the timesteps of the diffusion columns: int64 ``[C]``, or ``[B, C]`` where each example has its own, or
-            ``[R, B, C]`` where each repeat drew afresh. All of 2..T unless subsampled.
+        t: the timesteps of the diffusion columns: int64 (float64 in continuous time) ``[C]``, or ``[B, C]`` where each
+            example has its own, or ``[R, B, C]`` where each repeat drew afresh. All of 2..T unless subsampled.
         weights: what each column is multiplied by in the sum over t, shape of ``t``: 1 for all timesteps, about
-            (T - 1) / C for subsampled ones.
+            (T - 1) / C for subsampled ones (1 / C in continuous time).
         draws: the terms by KL, before averaging over the R repeats: prior ``[R, B]``, diffusion ``[R, B, C]`` and
             reconstruction ``[R, B]``, float64.
         network_evaluations: forward passes of one example that it took.
@@ -215,11 +217,12 @@ def elbo_terms(
         x0: data, ``[B, *event]``.
         t: None for all timesteps. An integer C: that many per example, low-discrepancy over 2..T, fresh in every
             repeat. A tensor ``[C]`` or ``[B, C]`` of steps in 2..T (then ``weights`` says how they were drawn). The
-            reconstruction, t = 1, is always evaluated.
+            reconstruction, t = 1, is always evaluated. Continuous time needs C or a tensor, of floats in (0, 1].
         kl: which KL the result shows; both are computed (see :meth:`ELBOTerms.by`).
         chain: walk the guide's one chain x_T, ..., x_1 per example; False draws each x_t independently, as
             guided-diffusion's ``calc_bpd_loop`` does, and as subsampled timesteps always are.
-        weights: 1 / (C p(t)) of the tensor t, of its shape; default (T - 1) / C, right for uniform draws.
+        weights: 1 / (C p(t)) of the tensor t, of its shape; default (T - 1) / C (1 / C in continuous time), right for
+            uniform draws.
         repeats: independent repetitions R; from 2 on the estimates have a standard error over noise.
         batch_size: examples per network call.
         progress: show a progress bar after two seconds.
@@ -227,6 +230,7 @@ def elbo_terms(
 
     Raises:
         OptionError, ShapeError: an argument outside its range.
+        ProgramError: all timesteps of continuous time.
     """
     check_option("kl", kl, KLS)
     check_event("x0", x0, diffusion.event_shape)
@@ -239,8 +243,8 @@ def elbo_terms(
         t = torch.as_tensor(t) if not isinstance(t, np.integer) else int(t)
     if weights is not None and not isinstance(t, Tensor):
         raise OptionError("weights belong to a tensor t: all timesteps weigh 1, and drawn ones (T - 1) / C")
-    steps, batch = diffusion.steps, len(x0)
-    columns = _columns(t, steps, batch, weights)
+    batch = len(x0)
+    columns = _columns(t, diffusion.schedule, batch, weights)
     bar = tqdm(
         total=repeats * batch,
         desc="scoring",
@@ -277,32 +281,39 @@ def elbo_terms(
 
 
 def _columns(
-    t: Tensor | int | None, steps: int, batch: int, weights: Tensor | None
+    t: Tensor | int | None, schedule: Schedule, batch: int, weights: Tensor | None
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """A function that gives the timesteps of one repeat, ``[C]`` or ``[B, C]``, and their weights."""
     if t is None:
-        every = torch.arange(2, steps + 1)
+        every = torch.arange(2, schedule.length + 1)
         return lambda: (every, torch.ones(len(every), dtype=torch.float64))
+    steps, continuous = schedule.steps, schedule.continuous
+    total = 1 if continuous else steps - 1  # of the weights
     if isinstance(t, int):
         if not (1 <= t and steps >= 2):
             raise OptionError(f"t={t!r} timesteps per example is not at least 1, or T={steps} has none to draw from")
-        even = torch.full((batch, t), (steps - 1) / t, dtype=torch.float64)
+        even = torch.full((batch, t), total / t, dtype=torch.float64)
 
         def draw() -> tuple[Tensor, Tensor]:
             # One offset per example, so that examples are independent; stratified within each.
             offset = torch.rand(batch, 1, dtype=torch.float64)
             u = (torch.arange(t, dtype=torch.float64) + offset) / t
+            if continuous:
+                return 1 - u, even  # in (0, 1]
             return (u * (steps - 1)).long().clamp(max=steps - 2) + 2, even
 
         return draw
-    if t.is_floating_point() or t.dim() not in (1, 2) or (t.dim() == 2 and len(t) != batch) or not t.numel():
-        raise ShapeError(f"t has shape {list(t.shape)} and dtype {t.dtype}; it must be integers [C] or [{batch}, C]")
-    if t.min() < 2 or t.max() > steps:
+    kind = "floats" if continuous else "integers"
+    bad_kind = t.is_floating_point() != continuous
+    if bad_kind or t.dim() not in (1, 2) or (t.dim() == 2 and len(t) != batch) or not t.numel():
+        raise ShapeError(f"t has shape {list(t.shape)} and dtype {t.dtype}; it must be {kind} [C] or [{batch}, C]")
+    if not schedule.first < t.min() <= t.max() <= schedule.last:
         raise ShapeError(
-            f"t has values in {int(t.min())}..{int(t.max())}; columns of the diffusion term are t = 2..{steps}"
+            f"t has values in {t.min():.6g}..{t.max():.6g}; columns of the diffusion term have "
+            f"{schedule.first} < t <= {schedule.last}"
         )
     if weights is None:
-        weights = torch.full(t.shape, (steps - 1) / t.shape[-1], dtype=torch.float64)
+        weights = torch.full(t.shape, total / t.shape[-1], dtype=torch.float64)
     elif weights.shape != t.shape:
         raise ShapeError(f"weights have shape {list(weights.shape)}, not that of t, {list(t.shape)}")
     fixed = (t.cpu(), weights.double().cpu())
@@ -335,9 +346,9 @@ def _independent_terms(
     diffusion: GaussianDiffusion, x0: Tensor, t: Tensor, cond: dict[str, Tensor], rows: int
 ) -> tuple[Terms, int]:
     """Every x_t drawn on its own, from the marginal."""
-    q, p, steps = diffusion.forward_process, diffusion.reverse_kernel, diffusion.steps
+    q, p, schedule = diffusion.forward_process, diffusion.reverse_kernel, diffusion.schedule
     batch = len(x0)
-    _, prior = _draw(q.marginal(x0, steps), q.prior(x0.shape, x0))
+    _, prior = _draw(q.marginal(x0, schedule.last), q.prior(x0.shape, x0))
     t = t.expand(batch, t.shape[-1]).to(x0.device)
     columns = []
     width = max(1, rows // batch)  # columns per network call: as many examples as the caller asked for
@@ -345,7 +356,7 @@ def _independent_terms(
         t_part = t[:, first : first + width].T  # [c, B]
         x_t = q.marginal(x0, t_part).sample()
         columns.append(_draw(q.posterior(x0, x_t, t_part), p(x_t, t_part, **cond))[1])
-    x_1 = q.marginal(x0, 1).sample()
+    x_1 = q.marginal(x0, schedule.first).sample()
     reconstruction = -p.decode(x_1, **cond).log_prob(x0).double().cpu()
     empty = torch.zeros(batch, 0, dtype=torch.float64)
     found = {}

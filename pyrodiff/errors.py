@@ -58,8 +58,8 @@ class DivergenceError(PyrodiffError, RuntimeError):
     """Training produced non-finite losses or gradients too many times in a row."""
 
 
-def check_option(name: str, value: str, allowed: Iterable[str]) -> None:
-    """Raise :class:`OptionError` naming the value and the allowed set unless ``value`` is in ``allowed``."""
+def check_option(name: str, value: str, allowed: Iterable[str], where: str = "") -> None:
+    """Raise :class:`OptionError` naming the value, the allowed set and where it holds unless ``value`` is in ``allowed``."""
     allowed = tuple(allowed)
     if value not in allowed:
-        raise OptionError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+        raise OptionError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{where}")

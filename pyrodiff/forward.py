@@ -10,9 +10,17 @@ for :math:`s < t`, with :math:`c = 1 - \mathrm{SNR}_t / \mathrm{SNR}_s`, :math:`
 :math:`b = \frac{\alpha_s}{\alpha_t} (1 - c)`. A draw from any of them is ``.rsample()``,
 :math:`\text{mean} + \text{std} \cdot \epsilon`, through which gradients flow.
 
+**In continuous time** the step from x_t is infinitesimal. In units of its own standard deviation and less what x_t says of it, its
+law is :math:`\mathcal N(\sqrt{\mathrm{SNR}_s - \mathrm{SNR}_t}\, x_0, 1)`; per unit of time that is
+
+.. math:: q(x_s \mid x_t, x_0) = \mathcal N(\sqrt{-d\,\mathrm{SNR} / dt}\; x_0,\ 1),
+
+a = :math:`\sqrt{-d\,\mathrm{SNR}/dt}` and b = 0, whose divergence from the same law of :math:`\hat x_0` is the limit of T times
+that of one of T steps: :math:`-\tfrac12 \frac{d\,\mathrm{SNR}}{dt} |x_0 - \hat x_0|^2`.
+
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 2, 4, 6, 7. https://arxiv.org/abs/2006.11239
-    Variational Diffusion Models (Kingma et al., 2021), appendix A. https://arxiv.org/abs/2107.00630
+    Variational Diffusion Models (Kingma et al., 2021), eq. 17 and appendices A, D. https://arxiv.org/abs/2107.00630
 """
 
 from __future__ import annotations
@@ -37,7 +45,8 @@ class ForwardProcess(nn.Module):
         event_dim: number of event dims of x; None takes all dims of x beyond those of t.
 
     Shapes, for all methods: ``x`` is ``[*batch, *event]`` and ``t`` an integer or an integer tensor that broadcasts
-    with ``batch``, in 1..T. The distributions have batch shape ``batch`` and the event's event shape.
+    with ``batch``, in 1..T; in continuous time a float or a floating tensor, in [0, 1]. The distributions have batch shape
+    ``batch`` and the event's event shape.
     """
 
     def __init__(self, schedule: Schedule, event_dim: int | None = None) -> None:
@@ -75,16 +84,21 @@ class ForwardProcess(nn.Module):
         Args:
             x0: data.
             x_t: the noisier state.
-            t: step in 2..T. At t = 1 the law is a point mass at x_0, which has no density.
+            t: step in 2..T. At t = 1 the law is a point mass at x_0, which has no density. In continuous time any t in [0, 1],
+                and the law that of the standardised step above.
 
         Raises:
             ProgramError: some t is below 2 (checked where reading t does not wait for a device).
         """
         t = torch.as_tensor(t, device=x_t.device)
-        if t.device.type == "cpu" and t.numel() and t.min() < 2:
+        if t.device.type == "cpu" and not torch.equal(t, self.with_x_s(t)):
             raise ProgramError("q(x_0 | x_1, x_0) is a point mass: posterior needs t >= 2; p(x_0 | x_1) is the decoder")
         event_dim, a, b, small, _ = self.posterior_terms(x_t, t)
         return Gaussian(a * x0 + b * x_t, small.sqrt().to(x_t.dtype)).to_event(event_dim)
+
+    def with_x_s(self, t: Tensor) -> Tensor:
+        """``t``, with 2 in the place of 1, which has no x_s but x_0; in continuous time every t has one."""
+        return t if self.schedule.continuous else t.clamp(min=2)
 
     def posterior_terms(self, x_t: Tensor, t: int | Tensor) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
         r"""What :math:`q(x_{t-1} \mid x_t, x_0)` is made of, shaped to broadcast over x_t.
@@ -93,6 +107,12 @@ class ForwardProcess(nn.Module):
             The number of event dims; a and b of the mean :math:`a x_0 + b x_t`, in the dtype of x_t; its variance
             :math:`\sigma_s^2 c` (DDPM's :math:`\tilde\beta_t`) and :math:`\sigma_t^2 c = \beta_t`, both in float64.
         """
+        if self.schedule.continuous:
+            t = torch.as_tensor(t, device=x_t.device)
+            event_dim, (log_snr,) = self._steps(x_t, t)
+            slope = append_dims(self.schedule.slope(t), event_dim - self.schedule.event_dim)
+            a, one = (log_snr.exp() * -slope).sqrt().to(x_t.dtype), torch.ones_like(log_snr)
+            return event_dim, a, torch.zeros_like(a), one, one
         event_dim, (log_snr_s, log_snr_t) = self._steps(x_t, torch.as_tensor(t) - 1, t)
         log_ratio = log_snr_t - log_snr_s
         c = -torch.expm1(log_ratio)

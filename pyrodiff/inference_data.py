@@ -354,7 +354,7 @@ def _table(name: str, table: pandas.DataFrame) -> xarray.Dataset:
 def _schedule(schedule: Schedule) -> xarray.Dataset:
     import xarray
 
-    t = torch.arange(1, schedule.steps + 1)
+    t = torch.arange(1, schedule.length + 1)
     values = {name: ("timestep", value) for name, value in _of_schedule(schedule, t).items()}
     betas = schedule.betas.detach()
     values["betas"] = ("timestep", _numpy(betas.flatten(1).mean(1) if betas.dim() > 1 else betas))

@@ -72,7 +72,7 @@ def elbo_by_timestep(terms: ELBOTerms, schedule: Schedule, x: str = "timestep") 
         ShapeError: the terms have timesteps beyond the schedule's.
     """
     check_option("x", x, ("timestep", "log_snr"))
-    if terms.t.numel() and int(terms.t.max()) > schedule.steps:
+    if terms.t.numel() and int(terms.t.max()) > schedule.length:
         raise ShapeError(f"the terms have timestep {int(terms.t.max())}, the schedule has {schedule.steps}")
     figure = _figure(12, 4.4)
     left, middle, right = figure.subplots(1, 3, width_ratios=[4, 4, 2.2])

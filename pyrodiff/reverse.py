@@ -81,6 +81,9 @@ class ReverseKernel(nn.Module):
         event_dim: number of event dims of x; None takes all dims of x_t beyond those of t.
         clip: clamp :math:`\hat x_0` to the range of ``bins`` ([-1, 1] without bins), as guided-diffusion's ``clip_denoised``.
 
+    In continuous time the two fixed variances are one and the same, and the options that speak of x_s or of t = 2 (the learned
+    variances, ``"previous"``, the ``"openai"`` decoders) are refused.
+
     Raises:
         OptionError: an option outside its set.
     """
@@ -97,9 +100,10 @@ class ReverseKernel(nn.Module):
         clip: bool = False,
     ) -> None:
         super().__init__()
-        check_option("prediction", prediction, PREDICTIONS)
-        check_option("variance", variance, VARIANCES)
-        check_option("decoder", decoder, DECODERS)
+        where = " in continuous time" if schedule.continuous else ""
+        check_option("prediction", prediction, COORDINATES if where else PREDICTIONS, where)
+        check_option("variance", variance, VARIANCES[:2] if where else VARIANCES, where)
+        check_option("decoder", decoder, DECODERS[:2] if where else DECODERS, where)
         if decoder in OPENAI_DECODERS and schedule.steps < 2:
             raise OptionError(f'decoder="{decoder}" takes the posterior variance at t = 2: steps=1 has none')
         if decoder == "openai_tanh" and bins is None:
@@ -114,7 +118,7 @@ class ReverseKernel(nn.Module):
         self.prediction, self.variance, self.decoder = prediction, variance, decoder
         self.bins, self.clip = bins, clip
         if decoder == "learned":
-            self.log_scale = nn.Parameter((-0.5 * schedule.log_snr(1).detach()).float())
+            self.log_scale = nn.Parameter((-0.5 * schedule.log_snr(schedule.first).detach()).float())
 
     @property
     def schedule(self) -> Schedule:
@@ -136,7 +140,7 @@ class ReverseKernel(nn.Module):
     def forward(self, x_t: Tensor, t: int | Tensor, **cond: Tensor) -> TorchDistribution:
         r"""The law of :math:`x_{t-1}` given :math:`x_t`, always Normal.
 
-        At t = 1 it is the Normal behind the decoder: its loc and scale, without bins.
+        At t = 1 (0 in continuous time) it is the Normal behind the decoder: its loc and scale, without bins.
 
         Args:
             x_t: ``[*batch, *event]``.
@@ -148,8 +152,8 @@ class ReverseKernel(nn.Module):
     def both(self, x_t: Tensor, t: int | Tensor, **cond: Tensor) -> tuple[TorchDistribution, TorchDistribution]:
         r"""The laws of :math:`x_{t-1}` and of :math:`x_0` (the decoder's), from one network call.
 
-        What a batch of mixed timesteps needs: the first is meant where t >= 2 and the second where t = 1. Elsewhere they
-        are proper but meaningless (the first as if t were 2), to be masked out.
+        What a batch of mixed timesteps needs: the first is meant where t >= 2 and the second where t = 1 (in continuous time
+        t > 0 and t = 0). Elsewhere they are proper but meaningless (the first as if t were 2), to be masked out.
 
         Raises:
             ProgramError: T = 1, where there is no :math:`x_{t-1}` but :math:`x_0`; use :meth:`decode`.
@@ -161,7 +165,7 @@ class ReverseKernel(nn.Module):
 
     def decode(self, x_1: Tensor, **cond: Tensor) -> TorchDistribution:
         r"""The decoder :math:`p(x_0 \mid x_1)`: a ``DiscretizedNormal`` with bins, a Normal without (DDPM eq. 13)."""
-        t = self._as_steps(x_1, 1)
+        t = self._as_steps(x_1, self.schedule.first)
         predicted = self._predict(x_1, t, cond)
         return self.law_of_x_0(*self._decoder_terms(predicted, x_1, t), self._event_dim(x_1, t))
 
@@ -211,7 +215,7 @@ class ReverseKernel(nn.Module):
         loc, scale = self._decoder_terms(predicted, x_t, t)
         if self.schedule.steps > 1:
             loc_s, scale_s = self._x_s_terms(predicted, x_t, t)
-            first = append_dims(t == 1, self._event_dim(x_t, t))
+            first = append_dims(t == self.schedule.first, self._event_dim(x_t, t))
             loc, scale = torch.where(first, loc, loc_s), torch.where(first, scale, scale_s)
         return Gaussian(loc, scale).to_event(self._event_dim(x_t, t))
 
@@ -229,7 +233,7 @@ class ReverseKernel(nn.Module):
 
     def _x_s_terms(self, predicted: Prediction, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         # Rows at t = 1 are masked by the caller; t = 2 in their place keeps every scale positive.
-        _, a, b, small, large = self.forward_process.posterior_terms(x_t, t.clamp(min=2))
+        _, a, b, small, large = self.forward_process.posterior_terms(x_t, self.forward_process.with_x_s(t))
         mean = predicted.mean
         if mean is None:
             mean = a * self.clipped(predicted.x0_hat) + b * x_t
@@ -239,7 +243,9 @@ class ReverseKernel(nn.Module):
         loc = self.clipped(predicted.x0_hat) if predicted.mean is None else predicted.mean
         if self.decoder not in OPENAI_DECODERS:
             learned = self.decoder == "learned"
-            log_scale = self.log_scale if learned else -0.5 * self.schedule.log_snr(torch.ones_like(t))
+            log_scale = (
+                self.log_scale if learned else -0.5 * self.schedule.log_snr(torch.full_like(t, self.schedule.first))
+            )
             return loc, append_dims(log_scale.exp().to(loc.dtype), self._event_dim(x_t, t) - self.schedule.event_dim)
         _, _, _, small, _ = self.forward_process.posterior_terms(x_t, torch.full_like(t, 2))
         large = small

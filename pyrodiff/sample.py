@@ -369,7 +369,7 @@ def invert(
     with diffusion.evaluating(), torch.no_grad():
         for rows in torch.arange(len(x0), device=x0.device).split(batch_size):
             part, x_t = take_rows(p.net, cond, rows, len(x0)), x0[rows]
-            for t in range(1, p.schedule.steps):
+            for t in range(1, p.schedule.length):
                 x_t = _keep_noise(p, x_t, t, t + 1, p.denoise(x_t, t, **part), 0.0).mean
             found.append(x_t)
     return torch.cat(found)
@@ -410,7 +410,7 @@ def _walks(
         seed = int(torch.randint(2**62, ()))
     kernel = diffusion.reverse_kernel if steps is None else diffusion.reverse_kernel.respace(steps)
     like = next(diffusion.net.parameters(), torch.zeros(()))
-    length = kernel.schedule.steps
+    length = kernel.schedule.length
     respaced = steps is not None and isinstance(kernel.schedule, RespacedSchedule)
     own_t = cast("RespacedSchedule", kernel.schedule).kept if respaced else range(1, length + 1)
     batches = range(0, n, batch_size)
@@ -461,7 +461,7 @@ class Walk:
     @property
     def length(self) -> int:
         """Number of steps."""
-        return self.kernel.schedule.steps
+        return self.kernel.schedule.length
 
     def move(self, x_t: Tensor, t: int, before: Tensor | None) -> Move:
         """One step but the last."""

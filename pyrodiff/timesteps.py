@@ -1,15 +1,20 @@
 """Drawing timesteps: which terms of the bound a training step estimates.
 
 A bound is a sum over t; one random t per example, weighted by 1 / p(t), estimates it without bias. The programs of
-:class:`~pyrodiff.GaussianDiffusion` take ``t`` and that ``weight`` (default T, for uniform t).
+:class:`~pyrodiff.GaussianDiffusion` take ``t`` and that ``weight`` (default: right for uniform t).
+
+In continuous time, ``steps=math.inf``, t is 0 exactly with probability 1/8, for the reconstruction, and else uniform on (0, 1].
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from .errors import OptionError, ShapeError
+from .schedules import SHARE_OF_0
 
 __all__ = ["ImportanceSampler", "low_discrepancy", "uniform"]
 
@@ -26,14 +31,16 @@ def uniform(
 
     Args:
         batch: number of examples B.
-        steps: number of steps T.
+        steps: number of steps T, or ``math.inf``.
         device: where to make them.
         generator: source of randomness, on that device (default: torch's).
 
     Returns:
-        int64 ``[B]``, values in 1..T.
+        int64 ``[B]``, values in 1..T; in continuous time float64, values in [0, 1].
     """
     _check(batch, steps)
+    if steps == math.inf:
+        return _mixed(torch.rand(batch, device=device, generator=generator, dtype=torch.float64))
     return torch.randint(1, steps + 1, (batch,), device=device, generator=generator)
 
 
@@ -49,7 +56,7 @@ def low_discrepancy(
         batch, steps, device, generator: see :func:`uniform`.
 
     Returns:
-        int64 ``[B]``, values in 1..T.
+        See :func:`uniform`.
 
     References:
         Variational Diffusion Models (Kingma et al., 2021), appendix I.1. https://arxiv.org/abs/2107.00630
@@ -57,7 +64,14 @@ def low_discrepancy(
     _check(batch, steps)
     offset = torch.rand((), device=device, generator=generator, dtype=torch.float64)
     u = (offset + torch.arange(batch, device=device, dtype=torch.float64) / batch) % 1
+    if steps == math.inf:
+        return _mixed(u)
     return (u * steps).long().clamp(max=steps - 1) + 1
+
+
+def _mixed(u: Tensor) -> Tensor:
+    """Times in [0, 1] from numbers in [0, 1): 0 for a share of them, the rest stretched over (0, 1]."""
+    return ((1 - u - SHARE_OF_0) / (1 - SHARE_OF_0)).clamp(min=0)
 
 
 class ImportanceSampler:
@@ -78,6 +92,8 @@ class ImportanceSampler:
 
     def __init__(self, steps: int, history: int = 10, uniform_share: float = 0.001) -> None:
         _check(1, steps)
+        if steps == math.inf:
+            raise OptionError("steps=inf: there is no history of each t; in continuous time learn the schedule instead")
         if history < 1 or not 0 < uniform_share <= 1:
             raise OptionError(f"history={history!r} must be at least 1 and uniform_share={uniform_share!r} in (0, 1]")
         self.steps, self.history, self.uniform_share = steps, history, uniform_share

@@ -219,7 +219,7 @@ def estimate_elbo(
         ShapeError: images of another shape than the model's, or fewer than 8.
         DataError: the pool is too small for ``se``, or holds values that are not the model's.
     """
-    started, T = time.perf_counter(), diffusion.steps
+    started, T = time.perf_counter(), diffusion.schedule.length
     check_option("over", over, OVER)
     check_event("x0", x0, diffusion.event_shape)
     if x0.dim() != 1 + len(diffusion.event_shape) or len(x0) < 2 * MIN_PILOT:

@@ -274,7 +274,7 @@ def questions(
 ) -> list[Question]:
     """What :func:`compare_gradients` asks, and the estimators that answer; arguments as there, ``batch`` being B."""
     # The same parameters in programs that are the bound whatever the objective, in nats per example whatever data_size.
-    steps = diffusion.steps
+    steps = diffusion.schedule.length
     twin = diffusion.respace(range(1, steps + 1))
     twin.objective, twin.data_size = "elbo", None
     stopped = copy.deepcopy(twin).requires_grad_(False)

@@ -156,7 +156,7 @@ def value_estimators(
     Returns:
         A row per estimator; the draws along chains; and the independent draws, from which :func:`by_timestep` makes its table.
     """
-    T, B = diffusion.steps, len(x0)
+    T, B = diffusion.schedule.length, len(x0)
     pilots = -(-PILOT // B)
     rows = {count: max(LEAST, repeats * T // (4 * count)) for count in timesteps if 1 <= count <= T}
     evaluations = B * (T * (3 * repeats + pilots) + sum(len(PATHS) * count * n for count, n in rows.items()))
