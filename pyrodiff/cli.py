@@ -8,6 +8,7 @@ Exit codes: 0; 2 for a mistake of the user's (one line on stderr says which), 1 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -32,7 +33,7 @@ from .laboratory.budget import estimate_elbo
 from .laboratory.compare import compare_estimators
 from .report import ScoringOptions, bar, classes_of, conditioning, data_range, enlarges, report, score
 from .sample import sample as draw
-from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, Schedule
+from .schedules import CosineSchedule, LearnedSchedule, LinearSchedule, LogLinearSchedule, Schedule
 from .training import checkpoint
 from .training.data import ImageData, load_data
 from .training.fit import check_device, fit
@@ -41,6 +42,7 @@ __all__ = ["main"]
 
 _MAX_STEPS = 100_000  # of a schedule: its tables are in memory
 _MAX_SAMPLES = 10_000_000
+_CHAIN = 1000  # steps of the chain that stands for continuous time in a report
 
 
 @dataclass
@@ -77,25 +79,31 @@ class ScheduleOptions:
     """The noise schedule.
 
     Attributes:
-        kind: log_linear, linear (DDPM's betas) or cosine.
-        steps: number of timesteps T of the diffusion.
-        log_snr_min: log-SNR at t = T, for log_linear.
-        log_snr_max: log-SNR at t = 1, for log_linear; the noise there should be near the width of the data's bins.
+        kind: log_linear, learned (starts there), linear (DDPM's betas) or cosine.
+        steps: number of timesteps T of the diffusion; inf for continuous time (log_linear and learned).
+        log_snr_min: log-SNR at t = T, for log_linear and learned.
+        log_snr_max: log-SNR at t = 1, likewise; the noise there should be near the width of the data's bins.
     """
 
     kind: str = "log_linear"
-    steps: int = 1000
+    steps: int | str = 1000
     log_snr_min: float = -5.0
     log_snr_max: float = 6.5
 
     def build(self) -> Schedule:
         """The schedule."""
-        check_option("schedule.kind", self.kind, ("log_linear", "linear", "cosine"))
-        if not 1 <= self.steps <= _MAX_STEPS:
-            raise OptionError(f"schedule.steps={self.steps!r} is not in 1..{_MAX_STEPS}")
-        if self.kind == "log_linear":
-            return LogLinearSchedule(self.steps, self.log_snr_min, self.log_snr_max)
-        return {"linear": LinearSchedule, "cosine": CosineSchedule}[self.kind](self.steps)
+        curves = {"log_linear": LogLinearSchedule, "learned": LearnedSchedule}
+        tables = {"linear": LinearSchedule, "cosine": CosineSchedule}
+        check_option("schedule.kind", self.kind, curves | tables)
+        if self.kind in curves and self.steps == "inf":
+            return curves[self.kind](math.inf, self.log_snr_min, self.log_snr_max)
+        if not (isinstance(self.steps, int) and 1 <= self.steps <= _MAX_STEPS):
+            raise OptionError(
+                f"schedule.steps={self.steps!r} is not an integer in 1..{_MAX_STEPS} (or inf, for log_linear, learned)"
+            )
+        if self.kind in curves:
+            return curves[self.kind](self.steps, self.log_snr_min, self.log_snr_max)
+        return tables[self.kind](self.steps)
 
 
 @dataclass
@@ -196,7 +204,9 @@ def train(
             f"out={str(folder)!r} holds a run already; continue it with --resume true, or name another folder"
         )
     diffusion = _build(images, net, schedule, model, seed)
-    scoring.check(diffusion)
+    # Continuous time is trained; what is sampled from and reported is a chain of its steps.
+    scored = diffusion.respace(_CHAIN) if diffusion.schedule.continuous else diffusion
+    scoring.check(scored)
     options = {
         "data": data, "net": asdict(net), "schedule": asdict(schedule), "model": asdict(model), "training": asdict(training),
         "scoring": asdict(scoring), "data_dir": data_dir, "levels": levels, "seed": seed, "device": device,
@@ -227,7 +237,9 @@ def train(
     if first:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            rows = report(diffusion, images, scoring, folder, seed, progress, net.low_res)
+            rows = report(scored, images, scoring, folder, seed, progress, net.low_res)
+        if scored is not diffusion:
+            rows.insert(0, ("chain", f"{_CHAIN} steps of continuous time"))
         rows.insert(0, ("training", f"{result.steps} steps in {result.seconds:.0f} s, best at {result.best_step}"))
         rows.append(("all in", f"{time.monotonic() - started:.0f} s"))
         print()

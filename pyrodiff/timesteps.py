@@ -93,7 +93,9 @@ class ImportanceSampler:
     def __init__(self, steps: int, history: int = 10, uniform_share: float = 0.001) -> None:
         _check(1, steps)
         if steps == math.inf:
-            raise OptionError("steps=inf: there is no history of each t; in continuous time learn the schedule instead")
+            raise OptionError(
+                "steps=inf: importance sampling keeps a history of each t; take low_discrepancy, and learn the schedule"
+            )
         if history < 1 or not 0 < uniform_share <= 1:
             raise OptionError(f"history={history!r} must be at least 1 and uniform_share={uniform_share!r} in (0, 1]")
         self.steps, self.history, self.uniform_share = steps, history, uniform_share

@@ -133,6 +133,24 @@ def test_an_upsampler_is_trained_scored_and_sampled_on_smaller_images(data: Path
     assert not (tmp_path / "v").exists()
 
 
+def test_continuous_time_and_a_learned_schedule(data: Path, tmp_path: Path, capsys):
+    continuous = ["--schedule.kind", "learned", "--schedule.steps", "inf"]
+    folder = tmp_path / "run"
+    assert run("train", data / "vectors.npy", "--out", folder, *flags(), *continuous) == 2
+    assert "low_discrepancy" in capsys.readouterr().err
+    options = [*continuous, "--training.timesteps", "low_discrepancy", "--scoring.sample_steps", 3]
+    assert run("train", data / "vectors.npy", "--out", tmp_path / "a", *flags(), *options, "--progress", "false") == 0
+    assert "1000 steps of continuous time" in capsys.readouterr().out
+    diffusion = pyrodiff.load(tmp_path / "a")
+    assert diffusion.schedule.continuous and float(diffusion.schedule.log_snr_max.detach()) != 6.5
+    again = ["--config", tmp_path / "a" / "run.yaml", "--out", tmp_path / "b", "--progress", "false"]
+    assert run("train", *again) == 0
+    assert run("elbo", tmp_path / "a", "--timesteps", 2) == 0
+    assert run("sample", tmp_path / "a", "--n", 2, "--steps", 4, "--out", tmp_path / "x.npy") == 0
+    for wrong in ("linear", "cosine"):
+        assert run("train", data / "vectors.npy", "--schedule.kind", wrong, "--schedule.steps", "inf") == 2
+
+
 def test_a_classifier_guides_from_the_command_line(data: Path, tmp_path: Path, capsys):
     options = [*flags(), "--net.multipliers", "[1]", "--net.attention", "[]", "--net.fourier_features", "[]"]
     assert run("train", data / "images", "--out", tmp_path / "run", *options, "--progress", "false") == 0

@@ -116,7 +116,7 @@ def fit(
         lr: peak learning rate of AdamW (betas 0.9 and 0.99).
         warmup: steps over which it rises linearly.
         lr_schedule: ``"cosine"`` (falls to 0 at the last step) or ``"constant"``.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's, of the network's parameters.
         clip_norm: largest norm of the whole gradient; of the loss in nats per dim, so that it survives a change of B, D, T.
         ema_decay: rate of the weights' average.
         kl: ``"analytic"`` (TraceMeanField_ELBO) or ``"monte_carlo"`` (Trace_ELBO).
@@ -357,8 +357,15 @@ class _Run:
             self.dims, self.loss_name = 1, "train_cross_entropy"
         self.elbo = _recording(ELBOS[options["kl"]])()
         self.loss: nn.Module = self.elbo(diffusion.model, diffusion.guide)
+        # Decay pulls towards 0, which means nothing for the ends of a schedule or the scale of a decoder.
+        network = set(diffusion.net.parameters())
+        others = [parameter for parameter in diffusion.parameters() if parameter not in network]
+        groups: list[dict[str, Any]] = [
+            {"params": list(diffusion.net.parameters())},
+            {"params": others, "weight_decay": 0.0},
+        ]
         self.optimizer: Any = torch.optim.AdamW(
-            diffusion.parameters(),
+            groups[: 1 + bool(others)],
             lr=options["lr"],
             betas=(0.9, 0.99),
             weight_decay=options["weight_decay"],
@@ -557,7 +564,10 @@ class _Run:
         state = self.optimizer.state_dict()
         state["state"] = {int(k): v for k, v in tree["optimizer"]["state"].items()}
         state["param_groups"] = tree["optimizer"]["param_groups"]
-        self.optimizer.load_state_dict(state)
+        try:
+            self.optimizer.load_state_dict(state)
+        except ValueError as error:
+            raise CheckpointError(f"{path} holds an optimiser of other parameters: {error}") from None
         self.ema.load_state_dict(tree["ema"])
         if self.sampler is not None:
             self.sampler.load_state_dict(tree["sampler"])
