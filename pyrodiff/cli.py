@@ -31,6 +31,7 @@ from .errors import CheckpointError, DataError, OptionError, PyrodiffError, chec
 from .interop import convert as formats
 from .laboratory.budget import estimate_elbo
 from .laboratory.compare import compare_estimators
+from .likelihood.methods import METHODS, log_likelihood, options_of
 from .report import ScoringOptions, bar, classes_of, conditioning, data_range, enlarges, report, score
 from .sample import sample as draw
 from .schedules import CosineSchedule, LearnedSchedule, LinearSchedule, LogLinearSchedule, Schedule
@@ -264,11 +265,13 @@ def elbo(
     levels: int | None = None,
     se: float | None = None,
     over: str = "examples",
+    method: str | None = None,
+    options: dict[str, Any] = {},  # noqa: B006  (read only; jsonargparse wants the default itself)
     seed: int = 0,
     device: str | None = None,
     progress: bool = True,
 ) -> None:
-    """Print the ELBO ledger of a trained model: every term, by analytic and by Monte Carlo KL, with standard errors.
+    """Print the ELBO ledger of a trained model, every term by analytic and by Monte Carlo KL; or another estimate of log p(x_0).
 
     Args:
         run: a run's folder, a model.safetensors, or a model of another format (see convert).
@@ -283,16 +286,28 @@ def elbo(
         levels: number of levels of an integer array whose dtype does not tell.
         se: only the total, to this standard error in bits/dim, with the fewest network evaluations.
         over: what that standard error is over: examples (as drawn from a population) or noise (given these images).
+        method: instead of the ledger one table of log p(x_0): elbo, iwae, ode (the probability flow) or immse.
+        options: of the method, see pyrodiff.log_likelihood: --options.chains 64 (iwae), --options.points 32 (immse), ...
         seed: of the noise.
         device: default cuda where there is one.
         progress: show a progress bar.
     """
     check_option("over", over, ("examples", "noise"))
+    if method is not None:
+        check_option("method", method, METHODS)
+        for name in options:
+            check_option(f"an option of {method}", name, options_of(method))
+    elif options:
+        raise OptionError(f"options={options!r} are a method's: name it with --method")
     scored = _scored(run, data, split, images, low_res, data_dir, levels, seed, device)
     print(f"{scored.about}, T = {scored.diffusion.steps}")
+    common: Any = {"seed": seed, "progress": bar(progress), **scored.cond}
     if se is not None:
-        options: Any = {"seed": seed, "progress": bar(progress), **scored.cond}
-        print(estimate_elbo(scored.diffusion, scored.x0, se, over, **options))
+        print(estimate_elbo(scored.diffusion, scored.x0, se, over, **common))
+        return
+    if method is not None:
+        own = {"timesteps": timesteps or None, **options} if method == "elbo" else options
+        print(f"\n{log_likelihood(scored.diffusion, scored.x0, method, repeats=repeats, **own, **common)}")
         return
     torch.manual_seed(seed)
     terms = score(scored.diffusion, scored.x0, scored.cond, timesteps, repeats, chain, progress)

@@ -151,6 +151,25 @@ def test_continuous_time_and_a_learned_schedule(data: Path, tmp_path: Path, caps
         assert run("train", data / "vectors.npy", "--schedule.kind", wrong, "--schedule.steps", "inf") == 2
 
 
+def test_elbo_by_every_method_prints_the_same_table(data: Path, capsys):
+    for method, options in (
+        ("elbo", ["--timesteps", 2]),
+        ("iwae", ["--options.chains", 4]),
+        ("ode", ["--options.solver_steps", 3]),
+        ("immse", ["--options.points", 3, "--options.pilot", 2]),
+    ):
+        assert run("elbo", data / "run", "--images", 3, "--repeats", 2, "--method", method, *options) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines[3:7]] == ["-log", "nats", "bits/dim", "3"] and method in lines[2]
+    for wrong, said in (
+        (["--method", "iwae", "--options.points", 3], "an option of iwae='points' is not one of 'chains', 'alpha'"),
+        (["--options.chains", 3], "name it with --method"),
+        (["--method", "vlb"], "'elbo', 'iwae', 'ode', 'immse'"),
+    ):
+        assert run("elbo", data / "run", *wrong) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_a_classifier_guides_from_the_command_line(data: Path, tmp_path: Path, capsys):
     options = [*flags(), "--net.multipliers", "[1]", "--net.attention", "[]", "--net.fourier_features", "[]"]
     assert run("train", data / "images", "--out", tmp_path / "run", *options, "--progress", "false") == 0

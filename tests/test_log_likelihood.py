@@ -13,7 +13,7 @@ from pyrodiff.likelihood.estimate import LogLikelihood
 from pyrodiff.likelihood.methods import METHODS, options_of
 
 F64 = torch.float64
-FEW = {"elbo": {}, "iwae": {"chains": 30}, "immse": {"points": 4, "pilot": 2}}
+FEW = {"elbo": {}, "iwae": {"chains": 30}, "ode": {"solver_steps": 4}, "immse": {"points": 4, "pilot": 2}}
 
 
 class Shifted(torch.nn.Module):
@@ -138,6 +138,7 @@ def test_options_of_other_methods_are_refused_by_name():
     assert {m: options_of(m) for m in METHODS} == {
         "elbo": ["timesteps", "kl"],
         "iwae": ["chains", "alpha"],
+        "ode": ["dequantisation", "samples", "probes", "solver", "solver_steps", "tolerance"],
         "immse": ["points", "pilot"],
     }
     diffusion, x0 = make(), data()
@@ -147,7 +148,7 @@ def test_options_of_other_methods_are_refused_by_name():
         pyrodiff.log_likelihood(diffusion, x0, chains=4)
     with pytest.raises(OptionError, match=r"kl='analytic' belongs to method='elbo'"):
         pyrodiff.log_likelihood(diffusion, x0, "immse", kl="analytic")
-    with pytest.raises(OptionError, match=r"method='vlb' is not one of 'elbo', 'iwae', 'immse'"):
+    with pytest.raises(OptionError, match=r"method='vlb' is not one of 'elbo', 'iwae', 'ode', 'immse'"):
         pyrodiff.log_likelihood(diffusion, x0, "vlb")
     with pytest.raises(TypeError, match="chian"):  # the network's own
         pyrodiff.log_likelihood(diffusion, x0, "iwae", chian=4)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..diffusion import GaussianDiffusion
 from ..elbo import elbo_terms
 from ..errors import OptionError, check_option
+from .dequantise import flow_bound
 from .estimate import LogLikelihood, cautions, check
 from .importance import importance_weighted
 from .information import information
@@ -39,6 +40,10 @@ def log_likelihood(
     ``"elbo"``   the ELBO of the chain (:func:`lower_bound`)             ``timesteps``, ``kl``
     ``"iwae"``   its importance-weighted bound                           ``chains``, ``alpha``
                  (:mod:`~pyrodiff.likelihood.importance`)
+    ``"ode"``    the density of the probability flow, another        ``dequantisation``,
+                 model, or a bound on its probability of a bin           ``samples``, ``probes``,
+                 (:mod:`~pyrodiff.likelihood.dequantise`)                ``solver``, ``solver_steps``,
+                                                                         ``tolerance``
     ``"immse"``  the integral of the denoising error over log-SNR        ``points``, ``pilot``
                  (:mod:`~pyrodiff.likelihood.information`)
     ============ ======================================================= ==========================
@@ -117,10 +122,60 @@ def lower_bound(
     )
 
 
-# "ode" joins here: a function of these arguments around flow.log_density, and a row in the table above.
+def flow(
+    diffusion: GaussianDiffusion,
+    x0: Tensor,
+    *,
+    dequantisation: str = "decoder",
+    samples: int = 1,
+    probes: int | None = 1,
+    solver: str = "rk4",
+    solver_steps: int | None = None,
+    tolerance: float | None = None,
+    repeats: int = 2,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = False,
+    **cond: Tensor,
+) -> LogLikelihood:
+    """A bound on log p(x_0) of the probability flow and a decoder: :func:`~pyrodiff.likelihood.dequantise.flow_bound`.
+
+    Args:
+        diffusion, x0: see :func:`log_likelihood`.
+        dequantisation, samples, solver, tolerance: see :func:`~pyrodiff.likelihood.dequantise.flow_bound`.
+        probes: Hutchinson's vectors for each draw; None: the exact divergence, which importance weights (``samples`` above 1)
+            need.
+        solver_steps: steps of ``"heun"`` and ``"rk4"``.
+        repeats, seed, batch_size, progress: see :func:`log_likelihood`.
+        cond: passed to the network, a row per example.
+
+    Returns:
+        The bound; ``vector_jacobian_products`` of one example in its diagnostics. The exponential of a draw is unbiased for the flow's
+        p(x_0) where the divergence is exact.
+    """
+    check(diffusion, x0, repeats, seed, batch_size)
+    found = flow_bound(
+        diffusion, x0, dequantisation, samples=samples, repeats=repeats, probes=probes, solver=solver, steps=solver_steps,
+        tolerance=tolerance, seed=seed, batch_size=batch_size, progress=progress, **cond,
+    )  # fmt: skip
+    sharp = "" if samples == 1 else f", {samples} importance-weighted samples"
+    return LogLikelihood(
+        method="ode",
+        meaning=f"lower bound in expectation of the probability flow, another model than the chain ({dequantisation}{sharp})",
+        unbiased=probes is None,
+        draws=found.log_prob.cpu(),
+        dims=diffusion.event_shape.numel(),
+        network_evaluations=found.network_evaluations,
+        seconds=found.seconds,
+        diagnostics={"vector_jacobian_products": torch.tensor(found.vector_jacobian_products)},
+        warnings=cautions(diffusion) if dequantisation == "decoder" else (),
+    )
+
+
 METHODS: dict[str, Callable[..., LogLikelihood]] = {
     "elbo": lower_bound,
     "iwae": importance_weighted,
+    "ode": flow,
     "immse": information,
 }
 
