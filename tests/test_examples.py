@@ -68,3 +68,18 @@ def test_guidance_of_digits_runs(tmp_path, capsys):
     module.main(str(tmp_path / "run"), str(tmp_path / "x.png"), steps=2, per_class=4, chain="3")
     assert "scale 3:" in capsys.readouterr().out
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_bound_on_digits_runs(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("digits_bound", EXAMPLES / "digits_bound.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    x = torch.arange(64.0).reshape(1, 1, 8, 8)
+    right, up = module.MOVES[0](x), module.MOVES[3](x)
+    assert torch.equal(right[..., 1:], x[..., :-1]) and (right[..., 0] == -1).all()
+    assert torch.equal(up[..., :-1, :], x[..., 1:, :]) and (up[..., -1, :] == -1).all()
+    schedule = pyrodiff.LogLinearSchedule
+    monkeypatch.setattr(pyrodiff, "LogLinearSchedule", lambda steps, low, high: schedule(10, low, high))
+    module.main(steps=1, images=3, out=tmp_path)
+    text = (tmp_path / "results.txt").read_text()
+    assert all(f"{method}: " in text for method in ("elbo", "immse", "ode", "iwae"))
