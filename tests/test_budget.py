@@ -13,9 +13,9 @@ import pytest
 import torch
 from oracles import DDPM, LinearModel, MixtureDenoiser, hermite
 
-from pyrodiff import GaussianDiffusion, TableSchedule
+from pyrodiff import GaussianDiffusion, TableSchedule, draws
 from pyrodiff.errors import DataError, OptionError, ShapeError
-from pyrodiff.laboratory import budget, draws
+from pyrodiff.laboratory import budget
 from pyrodiff.laboratory.budget import Design, Wiener, estimate_elbo, t_quantile
 
 F64 = torch.float64
