@@ -1,15 +1,18 @@
-"""The README's Python, verbatim."""
+"""The Python of README and documents, verbatim."""
 
 import re
 from pathlib import Path
+
+import pyro
+import pytest
 
 import pyrodiff
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def blocks():
-    text = README.read_text(encoding="utf-8")
+def blocks(page: Path = README):
+    text = page.read_text(encoding="utf-8")
     return re.findall(r"(?<!<!-- skip -->\n)```python\n(.*?)```", text, flags=re.DOTALL)
 
 
@@ -34,3 +37,12 @@ def test_every_name_the_readme_uses_exists():
         assert hasattr(pyrodiff, name), name
     for link in re.findall(r"\]\(((?:docs|examples|pyrodiff|[A-Z]+\.md)[^)#]*)\)", text):
         assert (README.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("name", ["reverse_chain"])
+def test_a_page_runs(name):
+    page = README.parent / "docs" / f"{name}.md"
+    scope = {}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), scope)
+    pyro.clear_param_store()
