@@ -14,8 +14,9 @@ References:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from ._tensor import check_event
 from .diffusion import GaussianDiffusion, Program, register
 from .elbo import Estimate
+from .errors import DataError, OptionError, ProgramError
 from .forward import ForwardProcess
 from .schedules import Schedule
 
@@ -42,7 +44,8 @@ class NoisyClassifier(nn.Module):
     Args:
         net: ``net(x, log_snr)``, logits ``[N, classes]`` for x ``[N, *event]`` and log_snr ``[N]``; such as
             :class:`pyrodiff.nets.Classifier`.
-        schedule: the noise schedule of the diffusion that it is to guide.
+        schedule: the noise schedule of the diffusion that it is to guide; a learned one is taken as it is now, and not trained:
+            a cross-entropy would fall by leaving out noise.
         event_shape: shape of one example.
 
     Example:
@@ -59,12 +62,20 @@ class NoisyClassifier(nn.Module):
         super().__init__()
         self.net = net
         self.event_shape = torch.Size(event_shape)
-        self.forward_process = ForwardProcess(schedule, len(self.event_shape))
+        frozen = copy.deepcopy(schedule).requires_grad_(False)
+        self.forward_process = ForwardProcess(frozen, len(self.event_shape))
         # Not children: their parameters are this module's, and a state dict should hold each once.
         self.__dict__.update(model=Model(self), guide=Guide(self))
 
     model: Model
     guide: Guide
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "schedule" or (name == "forward_process" and name in self._modules):
+            raise ProgramError(f"{name} cannot be exchanged: make a new NoisyClassifier around the network")
+        super().__setattr__(name, value)
+        if name == "net" and "model" in self.__dict__:
+            self.model.net = value
 
     @property
     def schedule(self) -> Schedule:
@@ -99,8 +110,24 @@ class NoisyClassifier(nn.Module):
         return dist.Categorical(logits=logits.to(x_t.dtype).reshape(*batch, -1))
 
     def log_prob(self, x_t: Tensor, t: int | Tensor, y: Tensor) -> Tensor:
-        """Log p(y | x_t), nats, ``[*batch]``: what :func:`~pyrodiff.sample` takes as its ``classifier``; see :meth:`forward`."""
-        return self(x_t, t).log_prob(y)
+        """Log p(y | x_t), nats, ``[*batch]``: what :func:`~pyrodiff.sample` takes as its ``classifier``; see :meth:`forward`.
+
+        The network is in evaluation mode. ``t`` is a step of this classifier's schedule, which must be the diffusion's.
+        """
+        with self.evaluating():
+            return self(x_t, t).log_prob(y)
+
+    def check_labels(self, name: str, y: Tensor, n: int) -> None:
+        """Raise :class:`~pyrodiff.errors.DataError` unless ``y`` holds a class for each of ``n`` examples."""
+        if not isinstance(y, Tensor) or y.shape != (n,) or y.is_floating_point() or y.dtype == torch.bool:
+            kind = f"{y.dtype} of shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise DataError(f"the labels y of {name} are {kind}, not integers of shape [{n}]")
+        config = getattr(self.net, "config", None)
+        classes = config.get("classes") if isinstance(config, dict) else None
+        if n and (y.min() < 0 or (classes is not None and y.max() >= classes)):
+            raise DataError(
+                f"the labels y of {name} are in {int(y.min())}..{int(y.max())}, not in 0..{(classes or 0) - 1}"
+            )
 
     @torch.no_grad()
     def score(
@@ -118,6 +145,9 @@ class NoisyClassifier(nn.Module):
         Returns:
             The cross-entropy in nats per example, with its standard errors; and the share of right guesses.
         """
+        self.check_labels("x0", y, len(x0))
+        if count < 1 or repeats < 1 or batch_size < 1:
+            raise OptionError(f"count={count!r}, repeats={repeats!r} and batch_size={batch_size!r} must be at least 1")
         found, right = [], 0
         with self.evaluating():
             for _ in range(repeats):

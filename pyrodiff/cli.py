@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from . import nets, plots
 from ._version import __version__
+from .classifier import NoisyClassifier
 from .diffusion import GaussianDiffusion
 from .elbo import bits_per_dim
-from .errors import CheckpointError, DataError, OptionError, PyrodiffError, check_option
+from .errors import CheckpointError, DataError, OptionError, ProgramError, PyrodiffError, check_option
 from .interop import convert as formats
 from .laboratory.budget import estimate_elbo
 from .laboratory.compare import compare_estimators
@@ -197,6 +198,11 @@ def train(
         raise OptionError(f"net.conditional=true, but {images.name} has no labels")
     if net.low_res is not None and len(images.event_shape) == 1:
         raise OptionError(f"net.low_res={net.low_res!r} is for images, and {images.name} holds vectors")
+    if schedule.steps == "inf" and training.timesteps == "importance":
+        raise OptionError(
+            'training.timesteps="importance" keeps a history of each t, of which continuous time has too many: '
+            "take low_discrepancy"
+        )
     if resume and out is None:
         raise OptionError("resume=true needs out: the folder of the run to continue")
     folder = Path(out) if out is not None else _free_folder(Path("runs") / images.name)
@@ -260,6 +266,7 @@ def elbo(
     repeats: int = 4,
     chain: bool = True,
     images: int | None = None,
+    steps: str | None = None,
     low_res: int | None = None,
     data_dir: str | None = None,
     levels: int | None = None,
@@ -281,6 +288,7 @@ def elbo(
         repeats: independent repeats; from 2 on there is a standard error over noise.
         chain: with all timesteps, walk one chain per image; false draws each state independently.
         images: score only the first so many.
+        steps: a respacing of the chain to score: 100, ddim50, ...; default all steps.
         low_res: size of the smaller images that an upsampler is given; default the run's own.
         data_dir: where mnist and fashion-mnist lie.
         levels: number of levels of an integer array whose dtype does not tell.
@@ -297,9 +305,13 @@ def elbo(
         check_option("method", method, METHODS)
         for name in options:
             check_option(f"an option of {method}", name, options_of(method))
+        if se is not None:
+            raise OptionError(f"se={se!r} plans evaluations of the ELBO; method={method!r} does not take it")
     elif options:
         raise OptionError(f"options={options!r} are a method's: name it with --method")
     scored = _scored(run, data, split, images, low_res, data_dir, levels, seed, device)
+    if steps is not None:
+        scored = scored._replace(diffusion=scored.diffusion.respace(steps))
     print(f"{scored.about}, T = {scored.diffusion.steps}")
     common: Any = {"seed": seed, "progress": bar(progress), **scored.cond}
     if se is not None:
@@ -421,10 +433,21 @@ def sample(
         raise OptionError(f"out={out!r} is a picture, and the model's are vectors: give a .npy")
     options: dict[str, Any] = {"eta": eta, "guidance_scale": guidance_scale, "progress": bar(progress)}
     classes, at = classes_of(diffusion), next(diffusion.parameters()).device
+    if classifier is None and classifier_scale != 1:
+        raise OptionError(f"classifier_scale={classifier_scale!r} is for a classifier, and there is none")
+    if data is not None and not enlarges(diffusion):
+        raise OptionError(f"data={data!r} is for a network that enlarges images, which this one does not")
+    if steps is None and diffusion.schedule.continuous:
+        steps = str(_CHAIN)
     if classifier is not None:
         if label is None:
             raise OptionError(f"classifier={classifier!r} guides towards a label, which is not given")
-        judge = formats.load_classifier(classifier).to(at)
+        loaded = formats.load_classifier(classifier)
+        if loaded.event_shape != diffusion.event_shape:
+            shapes = f"{list(loaded.event_shape)}, not {list(diffusion.event_shape)}"
+            raise OptionError(f"classifier={classifier!r} is of events of shape {shapes}")
+        # The network is told the log-SNR, and so may have been trained on another schedule.
+        judge = NoisyClassifier(loaded.net, diffusion.schedule, diffusion.event_shape).to(at)
         options["classifier"] = lambda x_t, t, y: classifier_scale * judge.log_prob(x_t, t, y)
         options["classifier_cond"] = {"y": label}
         if classes is None:
@@ -432,11 +455,7 @@ def sample(
     if label is not None and classes is not None and not 0 <= label < classes:
         raise OptionError(f"label={label!r} is not in 0..{classes - 1}")
     cond: Any = {}
-    if (
-        low_res is not None
-        or data is not None
-        or (getattr(diffusion.net, "config", None) or {}).get("low_res_channels")
-    ):
+    if enlarges(diffusion) or low_res is not None:
         check_option("split", split, ("train", "validation", "test"))
         _, told = _told(run, diffusion, _run_data(run, data, None, None), split, low_res)
         cond = {k: v[torch.arange(n, device=at) % len(v)] for k, v in told.items()}
@@ -682,7 +701,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         text = " ".join(str(error).split())
         if isinstance(error, PyrodiffError | OSError):
-            users = isinstance(error, ValueError | OSError | CheckpointError)
+            users = isinstance(error, ValueError | OSError | CheckpointError | ProgramError)
         else:
             users, text = False, f"{type(error).__name__}: {text} (--debug shows where)"
         print(f"pyrodiff: {text}", file=sys.stderr)

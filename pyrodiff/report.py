@@ -105,8 +105,8 @@ def conditioning(
         return told
     if low_res is None:
         raise OptionError("the network enlarges images: name the size of those it is given, low_res=4 or so")
-    if not 1 <= low_res <= min(x0.shape[2:]):
-        raise OptionError(f"low_res={low_res!r} is not in 1..{min(x0.shape[2:])}")
+    if not 1 <= low_res < min(x0.shape[2:]):
+        raise OptionError(f"low_res={low_res!r} is not in 1..{min(x0.shape[2:]) - 1}, below the image's own size")
     return told | {"low_res": F.interpolate(x0, (low_res,) * (x0.dim() - 2), mode="area")}
 
 

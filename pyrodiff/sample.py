@@ -262,8 +262,8 @@ def sample(
             is none. The network's attribute ``null_cond`` says what it was shown in training where it should know nothing,
             such as ``{"y": 10}``: a class label kept for that.
         classifier: ``log_prob(x_t, t, **classifier_cond)``, log p(y | x_t) of each of B states, ``[B]``, whose gradient guides
-            the sampler, such as :meth:`~pyrodiff.NoisyClassifier.log_prob`; ``t`` ``[B]`` counts the diffusion's own steps,
-            whatever the respacing. Times w for a guidance scale w.
+            the sampler, such as :meth:`~pyrodiff.NoisyClassifier.log_prob` of one with the same schedule; ``t`` ``[B]`` counts
+            the diffusion's own steps, whatever the respacing. Times w for a guidance scale w.
         classifier_cond: what the classifier is told, as ``cond``; None: ``cond`` itself.
         x_T: ``[n, *event]``, where to start instead of at noise, such as what :func:`invert` returns.
         batch_size: examples per network call.
@@ -333,6 +333,7 @@ def step_log_probs(diffusion: GaussianDiffusion, path: Tensor, *args: Any, **opt
     n, found = path.shape[1] if path.dim() > 1 else 0, []
     first = 0
     for walk in _walks(diffusion, n, *args, **options):
+        check_event("path", path, diffusion.event_shape)
         if len(path) != walk.length + 1:
             raise ShapeError(f"path has {len(path)} states, and the chain {walk.length + 1}")
         found.append(walk.log_probs(path[:, first : first + len(walk.x)].to(walk.x)))
@@ -495,6 +496,7 @@ class Walk:
 
     def end(self) -> Tensor:
         """x_0 on the autograd graph; the chain is checkpointed in pieces of sqrt(T) steps, and these by step."""
+        self._check_modes()
         if self.last == "sample" and self.kernel.bins is not None:
             raise OptionError('last="sample" with bins rounds to their grid, which has no gradient: take last="mean"')
         shape, size = self.diffusion.event_shape, math.isqrt(self.length) + 1
@@ -509,6 +511,13 @@ class Walk:
         mean, std, _ = _checkpoint(self.decode, x)
         return mean + std * next(_noise(self.streams, 1, shape, self.x))
 
+    def _check_modes(self) -> None:
+        net = self.kernel.net
+        if torch.is_grad_enabled() and net.training and getattr(net, "checkpointing", False):
+            raise OptionError(
+                "a network with checkpointing=True walks its own way back in training mode: call .eval() first"
+            )
+
     def _walk(
         self, x: Tensor, before: Tensor | None, steps: range, streams: list[np.random.Generator]
     ) -> tuple[Tensor, Tensor | None]:
@@ -520,6 +529,7 @@ class Walk:
 
     def log_probs(self, path: Tensor) -> Tensor:
         """Of each step of a path ``[T + 1, B, *event]``: ``[T, B]``, or ``[T - 1, B]`` where the last step is deterministic."""
+        self._check_modes()
         before, found = None, []
         event_dim = len(self.diffusion.event_shape)
         for x_t, x_s, t in zip(path, path[1:], range(self.length, 1, -1), strict=False):

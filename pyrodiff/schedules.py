@@ -342,7 +342,8 @@ class Curve(Schedule):
         """
         t = torch.as_tensor(t)
         if not self.continuous:
-            return torch.where(t == 0, math.inf, self.curve(self._u(t)))
+            value = self.curve(self._u(t))
+            return torch.where(t.to(value.device) == 0, math.inf, value)
         if not t.is_floating_point():
             raise ShapeError(f"t has dtype {t.dtype}; in continuous time (steps=inf) it is a float in [0, 1]")
         if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():
@@ -405,8 +406,9 @@ class LearnedSchedule(Curve):
 
     **The ends** ``log_snr_max`` :math:`= \lambda_{max}` and ``log_range`` :math:`= \rho` are trained by the bound, through
     ``.rsample()`` and every coefficient. **The interior** ``linear``, ``heights``, ``rates``, ``offsets`` is trained by the bound
-    when T is finite. In continuous time the bound does not depend on it: :meth:`log_snr` and :meth:`slope` then carry no
-    gradient to it, which would be noise, and :meth:`log_density` does, by which the programs minimise the variance.
+    when T is finite. In continuous time the bound does not depend on it: :meth:`log_snr` and :meth:`slope` then (in a respacing
+    too) carry no gradient to it, which would be noise, and :meth:`log_density` does, by which the programs minimise the
+    variance.
 
     Args:
         steps: number of steps T, or ``math.inf``: continuous time.
@@ -472,7 +474,8 @@ class LearnedSchedule(Curve):
         return -h1.log() + moved - self.log_range.detach().double()
 
     def _interior(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """H(u), from 0 to 1, and its first two derivatives."""
+        """H(u), from 0 to 1, and its first two derivatives; on the parameters' device."""
+        u = u.to(self.rates.device)
         linear, heights, rates = (p.double().exp() for p in (self.linear, self.heights, self.rates))
         offsets = self.offsets.double()
         s = torch.sigmoid(rates * u[..., None] - offsets)
@@ -515,7 +518,7 @@ class RespacedSchedule(Schedule):
         """See :meth:`Schedule.log_snr`."""
         t = torch.as_tensor(t)
         of_base = self.base.log_snr(self._kept(t))
-        return torch.where(append_dims(t == 0, self.event_dim), math.inf, of_base)
+        return torch.where(append_dims(t.to(of_base.device) == 0, self.event_dim), math.inf, of_base)
 
     @property
     def config(self) -> dict[str, object]:

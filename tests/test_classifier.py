@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import pyrodiff
 from pyrodiff import CosineSchedule, GaussianDiffusion, NoisyClassifier, fit, sample, timesteps
-from pyrodiff.errors import CheckpointError, DataError, OptionError, ShapeError
+from pyrodiff.elbo import Estimate
+from pyrodiff.errors import CheckpointError, DataError, OptionError, ProgramError, ShapeError
 from pyrodiff.nets import MLP
 from pyrodiff.sample import Guided
 
@@ -192,7 +193,75 @@ def test_training_it_resumes_bit_for_bit(tmp_path: Path):
     run(tmp_path / "parts", 3)
     parts, again = run(tmp_path / "parts", 9, resume=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
-    assert again.best == record.best and type(again.best) is type(record.best)
+    assert again.best == record.best and type(again.best) is Estimate
+
+
+def test_a_learned_schedule_is_taken_as_it_is_and_not_trained():
+    """Cross-entropy would fall by leaving out noise, and the schedule is the diffusion's."""
+    schedule = pyrodiff.LearnedSchedule(10, -4.0, 4.0)
+    classifier = NoisyClassifier(MLP(1, out_features=2, width=8, depth=1), schedule, (1,))
+    before = [p.detach().clone() for p in schedule.parameters()]
+    x0, y = examples(40)
+    fit(classifier, x0, cond={"y": y}, steps=5, batch_size=20, lr=0.1, warmup=0, progress=False, device="cpu")
+    svi = SVI(classifier.model, classifier.guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    svi.step(x0, timesteps.uniform(40, 10), y=y)
+    for own in (schedule, classifier.schedule):
+        assert all(torch.equal(a, b) for a, b in zip(own.parameters(), before, strict=True))
+
+
+def test_it_guides_and_scores_without_dropout():
+    net = pyrodiff.nets.Classifier(1, classes=2, width=8, multipliers=(1,), blocks=1, dropout=0.5)
+    nn.init.normal_(net.pool.out.weight)
+    classifier = NoisyClassifier(net, CosineSchedule(10), (1, 4, 4)).train()
+    x, y = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 1])
+    assert torch.equal(classifier.log_prob(x, 2, y), classifier.log_prob(x, 2, y)) and net.training
+    modes = []
+    net.register_forward_hook(lambda module, args, out: modes.append(module.training))
+    classifier.score(x, y)
+    assert modes and not any(modes)
+
+
+def test_another_network_can_take_the_place_of_the_first():
+    classifier = NoisyClassifier(MLP(1, out_features=2, width=8, depth=1), CosineSchedule(10), (1,))
+    classifier.net = MLP(1, out_features=2, width=8, depth=1)
+    before = classifier.net.output.weight.detach().clone()
+    x0, y = examples(20)
+    svi = SVI(classifier.model, classifier.guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    svi.step(x0, timesteps.uniform(20, 10), y=y)
+    assert not torch.equal(classifier.net.output.weight, before)
+    for name in ("schedule", "forward_process"):
+        with pytest.raises(ProgramError, match=f"{name} cannot be exchanged"):
+            setattr(classifier, name, CosineSchedule(5))
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        torch.tensor([0.5, 1.0]),
+        torch.tensor([0, 2]),
+        torch.tensor([-1, 0]),
+        torch.tensor([[0], [1]]),
+        torch.tensor([0]),
+    ],
+)
+def test_bad_labels_are_named(y: Tensor):
+    net = pyrodiff.nets.Classifier(1, classes=2, width=8, multipliers=(1,), blocks=1)
+    classifier = NoisyClassifier(net, CosineSchedule(10), (1, 4, 4))
+    x0 = torch.randn(2, 1, 4, 4)
+    for call in (lambda: classifier.score(x0, y), lambda: fit(classifier, x0, cond={"y": y}, steps=1, batch_size=2)):
+        with pytest.raises(DataError, match=r"^the labels y of "):
+            call()
+
+
+def test_the_loss_on_record_is_per_example():
+    """A fresh network says log 2 of every example, whatever its dims; the best is no number of bits per dim."""
+    classifier = NoisyClassifier(MLP(3, out_features=2, width=8, depth=1), CosineSchedule(10), (3,))
+    x0, y = torch.randn(8, 3), torch.arange(8) % 2
+    result = fit(
+        classifier, x0, x0, cond={"y": y}, validation_cond={"y": y}, steps=1, batch_size=8, progress=False, device="cpu"
+    )
+    assert result.records[0]["train_cross_entropy"] == pytest.approx(math.log(2), rel=1e-6)
+    assert type(result.best) is Estimate
 
 
 def test_mistakes_are_named():

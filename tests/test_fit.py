@@ -930,3 +930,24 @@ def test_several_processes_without_lightning_name_the_extra(monkeypatch):
     with pytest.raises(OptionError, match=r"pyrodiff\[distributed\]"):
         fit(make(), examples(), **SMALL)
     assert os.environ["WORLD_SIZE"] == "2"
+
+
+def test_weight_decay_leaves_schedule_and_decoder_alone(monkeypatch):
+    """At a gradient of 0 AdamW moves what it decays, and nothing else."""
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
+    schedule = pyrodiff.LearnedSchedule(6, -3.0, 3.0)
+    diffusion = GaussianDiffusion(MLP(3, width=8, depth=1), schedule, (3,), decoder="learned")
+    before = {name: p.detach().clone() for name, p in diffusion.named_parameters()}
+    for parameter in diffusion.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self, set_to_none=True: None)
+    fit(diffusion, examples(), **(SMALL | {"steps": 3, "weight_decay": 0.5, "ema_decay": 0.0}))
+    moved = {name for name, p in diffusion.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(".net." in name for name in moved)
+    assert {name for name in before if ".net." in name and before[name].any()} <= moved
+
+
+def test_an_objective_that_is_no_bound_does_not_train_a_schedule():
+    diffusion = GaussianDiffusion(MLP(3), pyrodiff.LearnedSchedule(6, -3.0, 3.0), (3,), objective="simple")
+    with pytest.raises(OptionError, match="learned schedule"):
+        fit(diffusion, examples(), **SMALL)

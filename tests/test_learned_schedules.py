@@ -380,3 +380,9 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
         secant = (other.log_snr(u + 1e-6) - other.log_snr(u - 1e-6)) / 2e-6
         torch.testing.assert_close(other.slope(u), secant, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(other.log_snr(torch.tensor([0.0, 1.0])), schedule.log_snr(torch.tensor([0.0, 1.0])))
+
+
+def test_asked_from_another_device_it_answers_from_its_own():
+    schedule = LearnedSchedule(7, -4.0, 4.0).to("meta")
+    assert schedule.respace(3).log_snr(torch.tensor([1, 3])).device.type == "meta"
+    assert schedule.log_snr(2).device.type == "meta" and schedule.betas.shape == (7,)

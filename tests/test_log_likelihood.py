@@ -8,7 +8,7 @@ from oracles import GaussianDenoiser
 
 import pyrodiff
 from pyrodiff.elbo import BitsPerDim, Estimate
-from pyrodiff.errors import DataError, OptionError, ShapeError
+from pyrodiff.errors import DataError, OptionError, ProgramError, ShapeError
 from pyrodiff.likelihood.estimate import LogLikelihood
 from pyrodiff.likelihood.methods import METHODS, options_of
 
@@ -182,3 +182,20 @@ def test_an_approximate_decoder_is_called_no_bound(method):
     }
     assert not any("no bound" in text for text in found["vdm"].warnings)
     assert any("no bound" in text for text in found["openai_tanh"].warnings)
+
+
+@pytest.mark.parametrize("method", ["iwae", "immse"])
+def test_continuous_time_has_no_chain_to_weigh(method):
+    diffusion = pyrodiff.GaussianDiffusion(
+        GaussianDenoiser(), pyrodiff.LogLinearSchedule(math.inf, -4.0, 4.0), (2,), "x0"
+    )
+    with pytest.raises(ProgramError, match=r"respace\(T\)"):
+        pyrodiff.log_likelihood(diffusion, data(), method)
+
+
+def test_one_chain_is_unbiased_whatever_alpha():
+    assert pyrodiff.log_likelihood(make(), data(), "iwae", chains=1, alpha=0.5).unbiased
+    assert not pyrodiff.log_likelihood(make(), data(), "iwae", chains=2, alpha=0.5).unbiased
+    for options in ({"chains": 2.5}, {"repeats": 2.0}):
+        with pytest.raises(OptionError, match="is not an integer"):
+            pyrodiff.log_likelihood(make(), data(), "iwae", **options)

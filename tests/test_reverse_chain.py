@@ -13,6 +13,7 @@ from oracles import GaussianDenoiser
 from pyro import poutine
 from torch import Tensor, nn
 
+import pyrodiff
 from pyrodiff import CosineSchedule, GaussianDiffusion, LogLinearSchedule, rsample, sample, step_log_probs, trajectory
 from pyrodiff.errors import OptionError, ShapeError
 from pyrodiff.nets import MLP
@@ -198,6 +199,13 @@ def test_mistakes_are_named():
     path = trajectory(diffusion, 2, "ddim", seed=0)
     with pytest.raises(OptionError, match="no density"):
         step_log_probs(diffusion, path, "ddim")
+    net = pyrodiff.nets.UNet(1, width=8, multipliers=(1,), blocks=1, dropout=0.5, checkpointing=True)
+    checkpointed = GaussianDiffusion(net, CosineSchedule(4), (1, 4, 4))
+    with pytest.raises(OptionError, match=r"call .eval\(\) first"):
+        rsample(checkpointed, 2)
+    rsample(checkpointed.eval(), 2).sum().backward()
+    with pytest.raises(ShapeError, match="path has shape"):
+        step_log_probs(diffusion, path[..., :1])
     with pytest.raises(ShapeError, match="path has 6 states, and the chain 4"):
         step_log_probs(diffusion, path, steps=3)
 

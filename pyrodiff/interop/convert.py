@@ -15,7 +15,7 @@ from typing import Any
 
 from pyrodiff.classifier import NoisyClassifier
 from pyrodiff.diffusion import GaussianDiffusion
-from pyrodiff.errors import CheckpointError, OptionError, check_option
+from pyrodiff.errors import CheckpointError, OptionError, PyrodiffError, check_option
 from pyrodiff.interop import diffusers, guided_diffusion
 from pyrodiff.training import checkpoint
 
@@ -90,7 +90,16 @@ def describe(source: str | os.PathLike[str], card: str | os.PathLike[str] | None
     Raises:
         CheckpointError, OptionError: see :func:`load`.
     """
-    diffusion = load(source, card)
+    diffusion: GaussianDiffusion | NoisyClassifier
+    try:
+        diffusion = load(source, card)
+    except CheckpointError:
+        if card is not None:
+            raise
+        try:
+            diffusion = load_classifier(source)
+        except PyrodiffError:
+            diffusion = load(source, card)  # says what is wrong with it
     return {
         "format": format_of(source),
         "network": {type(diffusion.net).__name__: _short(getattr(diffusion.net, "config", None))},

@@ -82,8 +82,8 @@ def check(diffusion: GaussianDiffusion, x0: Tensor, repeats: int, seed: int, bat
     if x0.dim() != 1 + len(diffusion.event_shape) or not len(x0):
         raise ShapeError(f"x0 has shape {list(x0.shape)}, not [B, *{list(diffusion.event_shape)}] with B >= 1")
     for name, number, least in (("repeats", repeats, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if not least <= number < 2**63:
-            raise OptionError(f"{name}={number!r} is not in {least}..2**63 - 1")
+        if not isinstance(number, int) or not least <= number < 2**63:
+            raise OptionError(f"{name}={number!r} is not an integer in {least}..2**63 - 1")
     diffusion.reverse_kernel.check_grid("x0", x0)
     if not x0.isfinite().all():
         raise DataError("x0 holds NaN or infinite values")

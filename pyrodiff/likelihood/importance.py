@@ -85,11 +85,11 @@ def importance_weighted(
         OptionError, ShapeError, DataError: an argument outside its range.
     """
     check(diffusion, x0, repeats, seed, batch_size)
-    if chains < 1:
-        raise OptionError(f"chains={chains!r} is not at least 1")
+    if not isinstance(chains, int) or chains < 1:
+        raise OptionError(f"chains={chains!r} is not an integer of at least 1")
     if not 0 <= alpha <= 1:
         raise OptionError(f"alpha={alpha!r} is not in [0, 1]: below is no bound, and above a looser one than the ELBO")
-    started, evaluations = time.perf_counter(), repeats * chains * len(x0) * diffusion.steps
+    started, evaluations = time.perf_counter(), repeats * chains * len(x0) * diffusion.schedule.length
     bar = tqdm(
         total=evaluations, desc="chains", unit="eval", unit_scale=True, delay=2, disable=not progress, leave=False
     )

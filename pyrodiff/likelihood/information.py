@@ -120,13 +120,13 @@ def information(
     """
     check(diffusion, x0, repeats, seed, batch_size)
     schedule, batch = diffusion.schedule, len(x0)
-    if schedule.event_dim or diffusion.steps < 2:
+    if schedule.length < 2 or schedule.event_dim:
         raise OptionError(
             f"schedule of {diffusion.steps} steps with event_dim={schedule.event_dim!r}: the integral over log-SNR needs two "
             "steps or more, and one log-SNR for all elements (event_dim=0)"
         )
-    if points < 1 or pilot < 0:
-        raise OptionError(f"points={points!r} must be at least 1 and pilot={pilot!r} at least 0")
+    if not (isinstance(points, int) and isinstance(pilot, int) and points >= 1 and pilot >= 0):
+        raise OptionError(f"points={points!r} must be an integer of at least 1 and pilot={pilot!r} of at least 0")
     started, evaluations = time.perf_counter(), BINS * pilot + repeats * batch * (points + 1)
     choice, noise = np.random.default_rng(seed), seeded(seed, x0)
     bar = tqdm(

@@ -136,6 +136,12 @@ def fit(
         DivergenceError: 20 steps in a row had a non-finite loss or gradient; the last good state stays saved.
     """
     check_option("kl", kl, ELBOS)
+    if diffusion.objective not in ("elbo", "cross_entropy") and any(
+        p.requires_grad for p in diffusion.schedule.parameters()
+    ):
+        raise OptionError(
+            f'objective={diffusion.objective!r} is no bound, and cannot train a learned schedule: take "elbo", or freeze it'
+        )
     check_option("timesteps", timesteps, TIMESTEPS)
     check_option("precision", precision, ("float32", "bf16"))
     check_option("lr_schedule", lr_schedule, ("cosine", "constant"))
@@ -244,8 +250,12 @@ def _check_data(
         raise DataError(f"{name}[{bad}] holds NaN or infinite values")
     if isinstance(diffusion, GaussianDiffusion):
         diffusion.reverse_kernel.check_grid(name, x)
-    elif "y" not in (cond or {}):
-        raise DataError(f"a classifier needs the labels y of {name}, a row for each example")
+    elif set(cond or {}) != {"y"}:
+        raise DataError(
+            f"a classifier needs the labels y of {name}, and nothing else; cond has {', '.join(cond or {}) or 'none'}"
+        )
+    if isinstance(diffusion, NoisyClassifier):
+        diffusion.check_labels(name, (cond or {})["y"], len(x))
     for key, value in (cond or {}).items():
         if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != len(x):
             rows = len(value) if isinstance(value, Tensor) and value.dim() else "no"
