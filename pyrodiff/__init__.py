@@ -6,7 +6,7 @@ accessories.
 
 from __future__ import annotations
 
-from . import distributions, errors, nets, schedules, timesteps
+from . import distributions, errors, inference, nets, schedules, timesteps
 from ._version import __version__
 from .classifier import NoisyClassifier
 from .diffusion import GaussianDiffusion
@@ -47,6 +47,7 @@ __all__ = [
     "errors",
     "estimate_elbo",
     "fit",
+    "inference",
     "invert",
     "load",
     "load_classifier",

@@ -525,7 +525,8 @@ class RenyiELBO(pyro.infer.RenyiELBO):
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         latents = [name for name, site in _sites(model_trace).items() if not site["is_observed"]]
-        _check_names(latents, list(_sites(guide_trace)))
+        # Auxiliary sites, such as an autoguide's unconstrained values, are the guide's alone.
+        _check_names(latents, [k for k, site in _sites(guide_trace).items() if not site["infer"].get("is_auxiliary")])
         for trace in (model_trace, guide_trace):
             for name, site in _sites(trace).items():
                 if not _same(site["scale"], 1.0) or not (site["mask"] is None or site["mask"] is True):

@@ -117,6 +117,7 @@ class ReverseKernel(nn.Module):
         self.forward_process = ForwardProcess(schedule, event_dim)
         self.prediction, self.variance, self.decoder = prediction, variance, decoder
         self.bins, self.clip = bins, clip
+        self.data_range = (-1.0, 1.0) if bins is None else bins[1:]
         if decoder == "learned":
             self.log_scale = nn.Parameter((-0.5 * schedule.log_snr(schedule.first).detach()).float())
 
@@ -286,8 +287,7 @@ class ReverseKernel(nn.Module):
         """``x0_hat``, clamped to the data's range if the kernel clips."""
         if not self.clip:
             return x0_hat
-        _, low, high = self.bins or (0, -1.0, 1.0)
-        return x0_hat.clamp(low, high)
+        return x0_hat.clamp(*self.data_range)
 
     # ------------------------------------------------------------------ the network
 
