@@ -111,6 +111,7 @@ def guided(
             x = torch.cat(
                 [moves.move(look, part, t - 1)[0] for look, part in zip(looks, e.split(batch_size), strict=True)]
             )
+    wild = int((~x.isfinite()).flatten(1).any(1).sum())
     none = torch.full((1, T + 1), math.nan, dtype=torch.float64)
     why = "guidance without weights is a heuristic, whose samples have another law than p(x_0 | y); smc weights the same moves"
     return Posterior(
@@ -122,7 +123,7 @@ def guided(
         families=none[:, 0],
         network_evaluations=n * T,
         seconds=time.perf_counter() - started,
-        warnings=(why,),
+        warnings=(why, *([f"{wild} of {n} samples are not finite: the guidance has diverged"] * (wild > 0))),
         no_evidence=why,
     )
 

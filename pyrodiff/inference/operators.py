@@ -96,13 +96,13 @@ def mask(keep: Tensor) -> LinearOperator:
         raise DataError("the mask keeps nothing: nothing is observed")
 
     def from_rows(z: Tensor) -> Tensor:
-        return z.new_zeros(len(z), keep.numel()).index_copy(1, index, z).unflatten(1, keep.shape)
+        return z.new_zeros(len(z), keep.numel()).index_copy(1, index.to(z.device), z).unflatten(1, keep.shape)
 
     return LinearOperator(
         keep.shape,
         torch.Size([len(index)]),
         torch.ones(len(index), dtype=torch.float64, device=keep.device),
-        to_rows=lambda x: x.flatten(1)[:, index],
+        to_rows=lambda x: x.flatten(1)[:, index.to(x.device)],
         from_rows=from_rows,
         to_columns=lambda y: y,
         from_columns=lambda c: c,

@@ -139,7 +139,10 @@ class Posterior:
             lines += [f"{'log p(y)':12s}none: {self.no_evidence}"]
         else:
             log_z, error = self.evidence
-            lines += [f"{'log p(y)':12s}{log_z:.4f} ± {error:.4f} nats"]
+            told = "over repeats"
+            if repeats == 1:
+                error, told = float(self.families[0]) ** -0.5, "by families"
+            lines += [f"{'log p(y)':12s}{log_z:.4f} ± {error:.4f} nats, {told}"]
             least, final = self.ess.min(1).values.median(), self.ess[:, -1].median()
             lines += [
                 f"{'effective':12s}{final:.1f} at x_0, {least:.1f} at the least, {self.families.median():.1f} families"
@@ -239,7 +242,10 @@ def prepare(
     for name, number in (("particles", particles), ("repeats", repeats), ("batch_size", batch_size)):
         if number < 1:
             raise OptionError(f"{name}={number!r} is not at least 1")
+    like = next(diffusion.net.parameters(), torch.zeros(()))
     if isinstance(log_likelihood, LinearGaussian):
+        if log_likelihood.y.device != like.device:
+            raise DataError(f"y is on {log_likelihood.y.device} and the network on {like.device}: move y")
         if log_likelihood.operator.event_shape != diffusion.event_shape:
             raise ShapeError(
                 f"the operator is of events {list(log_likelihood.operator.event_shape)}, not {list(diffusion.event_shape)}"
@@ -248,7 +254,6 @@ def prepare(
             raise OptionError(
                 f'noise_std=0: given x_0, y has no density to weight by; proposal={proposal!r} takes one: take "mcgdiff"'
             )
-    like = next(diffusion.net.parameters(), torch.zeros(()))
     cond = {
         k: torch.as_tensor(v, device=like.device) if isinstance(v, int | float | Sequence | Tensor) else v
         for k, v in cond.items()
