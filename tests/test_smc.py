@@ -171,7 +171,7 @@ def test_evidence_mean_and_covariance_under_resampling_at_every_step(proposal: s
     assert posterior.evidence.log_z == pytest.approx(log_z, abs=FALSE_ALARM * posterior.evidence.standard_error)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.6])
+@pytest.mark.parametrize("threshold", [0.0, 0.9])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_evidence_with_adaptive_resampling(threshold: float, variance: str):
     diffusion, closed = chain(5, dims=2, variance=variance)
@@ -232,12 +232,22 @@ def one_dimension(steps: int) -> tuple[GaussianDiffusion, LinearGaussian, Linear
     return diffusion, LinearGaussian(matrix(torch.ones(1, 1, dtype=F64)), torch.ones(1, dtype=F64), 0.5), closed
 
 
-@pytest.mark.parametrize("proposal", ["bootstrap", "twisted", "pigdm", "mcgdiff, scaled"])
-def test_the_posterior_is_not_that_of_dps(proposal: str):
-    diffusion, seen, closed = one_dimension(250)
+@pytest.mark.parametrize(
+    ("proposal", "steps", "particles"),
+    [
+        ("bootstrap", 250, 4000),
+        # DPS's own moves, with heavy weights (k-hat 0.5 to 0.7): of 60 seeds one has too few families to tell the two apart,
+        # and errors are 1.5 times those of as many independent draws, 5.2 at the most. Unbiasedness is tested above.
+        ("twisted", 10, 100_000),
+        ("pigdm", 250, 4000),
+        ("mcgdiff, scaled", 250, 4000),
+    ],
+)
+def test_the_posterior_is_not_that_of_dps(proposal: str, steps: int, particles: int):
+    diffusion, seen, closed = one_dimension(steps)
     log_z, mean, covariance = conditioned(closed, torch.ones(1, 1, dtype=F64), seen.y, 0.5)
     assert (float(mean), float(covariance)) == pytest.approx((0.8, 0.2), abs=1e-4)
-    posterior = smc(diffusion, seen, 4000, seed=0, batch_size=4000, **PROPOSALS[proposal](seen))
+    posterior = smc(diffusion, seen, particles, seed=0, batch_size=particles, **PROPOSALS[proposal](seen))
     found = float(posterior.mean()), float(posterior.mean(lambda x: (x - mean) ** 2))
     families = float(posterior.families)  # as many independent draws
     se_mean, se_variance, se_log_z = math.sqrt(0.2 / families), 0.2 * math.sqrt(2 / families), 1 / math.sqrt(families)
@@ -372,7 +382,10 @@ def test_the_likelihood_of_a_linear_observation(name: str):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_mcgdiff_and_a_dense_matrix_agree(name: str):
-    """The evidence of an operator by mcgdiff with many particles, against the closed form."""
+    """The evidence of an operator by mcgdiff with many particles, against the closed form.
+
+    With the data's scale, for moderate weights: without it Pareto's k-hat is about 1 here, and a standard error means nothing.
+    """
     operator = OPERATORS[name][0]()
     betas = linear_betas(6)
     ddpm = DDPM(betas)
@@ -388,8 +401,16 @@ def test_mcgdiff_and_a_dense_matrix_agree(name: str):
     y = operator(torch.full((1, *operator.event_shape), 0.4, dtype=F64))[0]
     log_z, mean, _ = conditioned(closed, dense, y.flatten(), 0.5)
     posterior = smc(
-        diffusion, LinearGaussian(operator, y, 0.5), 500, proposal="mcgdiff", repeats=20, seed=0, batch_size=10**4
+        diffusion,
+        LinearGaussian(operator, y, 0.5),
+        500,
+        proposal="mcgdiff",
+        data_std=0.6,
+        repeats=20,
+        seed=0,
+        batch_size=10**4,
     )
+    assert posterior.pareto_k.max() < 0.7
     found, error = posterior.evidence
     assert found == pytest.approx(log_z, abs=FALSE_ALARM * error) and error < 0.1
     posterior_sd = math.sqrt(closed.marginal()[1])  # of x_0 before y: at least that after
