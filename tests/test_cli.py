@@ -17,7 +17,8 @@ import torch
 import yaml
 
 import pyrodiff
-from pyrodiff import cli
+from pyrodiff import cli, report
+from pyrodiff.errors import OptionError
 from pyrodiff.training import checkpoint
 
 TINY = {
@@ -131,6 +132,18 @@ def test_an_upsampler_is_trained_scored_and_sampled_on_smaller_images(data: Path
     assert run("elbo", folder, "--timesteps", 2, "--low_res", 9) == 2
     assert run("train", data / "vectors.npy", "--out", tmp_path / "v", *flags(), "--net.low_res", 4) == 2
     assert not (tmp_path / "v").exists()
+
+
+def test_smaller_images_are_averages_of_pixels():
+    """As guided-diffusion shrinks what its upsamplers are trained on; not smaller ones are refused."""
+    net = pyrodiff.nets.UNet(1, width=8, multipliers=(1,), blocks=1, low_res_channels=1)
+    diffusion = pyrodiff.GaussianDiffusion(net, pyrodiff.CosineSchedule(5), (1, 8, 8))
+    x0 = torch.randn(2, 1, 8, 8)
+    told = report.conditioning(diffusion, x0, None, 4)
+    torch.testing.assert_close(told["low_res"], x0.unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean((3, 5)))
+    for size in (0, 8, None):
+        with pytest.raises(OptionError, match="low_res"):
+            report.conditioning(diffusion, x0, None, size)
 
 
 def test_continuous_time_and_a_learned_schedule(data: Path, tmp_path: Path, capsys):
