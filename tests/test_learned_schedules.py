@@ -26,6 +26,7 @@ from test_continuous_time import F64, HIGH, LOW, SHARE_OF_0, Rows, closed_form, 
 import pyrodiff
 from pyrodiff import GaussianDiffusion, LogLinearSchedule, elbo_terms, timesteps
 from pyrodiff.diffusion import Model
+from pyrodiff.elbo import site_terms
 from pyrodiff.errors import OptionError, ProgramError
 from pyrodiff.laboratory.gradients import compare_gradients
 from pyrodiff.schedules import LearnedSchedule, from_config
@@ -252,6 +253,21 @@ def test_in_continuous_time_the_ends_descend_the_bound():
     expected = torch.autograd.grad(sum(closed_form(high - log_range.exp(), high).values()), [high, log_range])
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
     assert min(g.abs().item() for g in expected) > 1e-4
+
+
+def test_the_interiors_gradient_is_that_of_the_squared_loss_per_dim():
+    """-E[L^2] / D through log p alone, from the sites of the same traces; D = 3."""
+    schedule = LearnedSchedule(math.inf, LOW, HIGH).double()
+    diffusion = GaussianDiffusion(GaussianDenoiser(), schedule, (3,), "x0")
+    x0, t = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0.0, 0.2, 0.6, 1.0], dtype=torch.float64)
+    guide = poutine.trace(diffusion.guide).get_trace(x0, t)
+    model = poutine.trace(poutine.replay(diffusion.model, trace=guide)).get_trace(x0, t)
+    model.compute_log_prob()
+    kl = site_terms(model, guide)["x_s"].detach()  # scaled by 1 / p(t), and 0 at t = 0
+    assert (kl[1:] > 0).all() and kl[0] == 0
+    expected = torch.autograd.grad((kl**2 / 3 * schedule.log_density(t)).sum(), interior(schedule))
+    found = torch.autograd.grad(model.nodes["x_interior"]["log_prob_sum"], interior(schedule))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_descending_reaches_the_least_variance():
