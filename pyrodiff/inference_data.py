@@ -1,4 +1,4 @@
-r"""Terms of the bound and samples as a labelled tree of arrays, for ArviZ and whatever else reads netCDF.
+r"""Results as a labelled tree of arrays, for ArviZ and whatever else reads netCDF.
 
 The tree is written with xarray alone. Both generations of ArviZ read it, from a file by
 ``az.from_netcdf(path)``, from memory::
@@ -7,7 +7,9 @@ The tree is written with xarray alone. Both generations of ArviZ read it, from a
     data = az.from_datatree(tree) if hasattr(az, "from_datatree") else tree   # 0.23, or 1.x
     az.summary(data, group="elbo", var_names=["elbo"], kind="stats")          # "diagnostics" need 2 chains
 
-Groups:
+One function, :func:`to_datatree`, takes four kinds of result.
+
+**Terms of the bound**, of :func:`~pyrodiff.elbo_terms`. Groups:
 
 * ``elbo``: the ledger of :func:`~pyrodiff.elbo_terms`, in nats, one draw per repeat. Along chains a draw of the Monte Carlo
   ``elbo`` is also a log importance weight, :math:`\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)`; only there does
@@ -22,6 +24,24 @@ Groups:
 * ``trajectories``: paths of the sampler, noisiest state first.
 * tables, a group each, for example ``estimators``, ``timesteps`` and ``gradients``: a variable per column of numbers, a
   coordinate per column of text, along ``row``.
+
+**Posteriors**: particles of :func:`~pyrodiff.inference.smc.smc`, chains of :func:`~pyrodiff.inference.gibbs.particle_gibbs`, and the
+pair of programs that ``SVI`` was given. Groups:
+
+* ``posterior``: draws of equal weight, which is all that ArviZ knows, with dims chain and draw. Particles are resampled, each repeat to
+  a chain of its own, at the N midpoints of its weights' cumulative sum: copies stand side by side, and so do particles of one
+  ancestor, so that ArviZ's effective sample size, which is made from autocorrelations, is not that of as many distinct draws.
+  R-hat is between repeats. (Repeats count alike here; where their evidence differs, ``Posterior.mean`` weights them by it.)
+  Draws of a guide are what they are, draws of the guide.
+* ``particles``: the particles as they came, with their ``log_weight``; ``sample_stats.particle`` says which of them a draw is.
+* ``sample_stats``: beside ``particle``, the ``log_weight`` of each draw of a guide against the joint.
+* ``diagnostics``: by repeat and step ``ess`` and ``pareto_k``, by repeat ``families`` and ``log_evidence``; of a Gibbs chain
+  ``moved``; of a guide ``pareto_k``, ``ess``, ``log_evidence`` and ``elbo``.
+* ``posterior_predictive``, ``log_likelihood``, ``observed_data``: from the program of the observation: the data drawn anew for
+  each draw, the log-probability of the data by site and plate, and the data.
+* ``constant_data``: the schedule, and what the network was conditioned on.
+
+The attribute ``warnings`` of every group is a JSON list of what the reader must know.
 
 Several models are compared by their bounds on the same held-out data, with :func:`compare_models`.
 
@@ -38,8 +58,9 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial, singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +74,12 @@ from ._version import __version__
 from .diffusion import GaussianDiffusion
 from .elbo import ELBOTerms
 from .errors import DataError, OptionError, ShapeError, check_option
+from .inference.gibbs import GibbsChain
+from .inference.observe import observation
+from .inference.predictive import Outlook, Plated, guide_draws, joined, known, outlook
+from .inference.resampling import systematic
+from .inference.smc import HEAVY, Posterior
+from .likelihood.importance import effective_chains, pareto_k
 from .schedules import Schedule
 
 if TYPE_CHECKING:  # 0.6 s that `import pyrodiff` should not take
@@ -72,7 +99,54 @@ _UNITS = {
 }
 
 
-def to_datatree(
+@singledispatch
+def to_datatree(result: object, **options: Any) -> xarray.DataTree:
+    """Label a result, and what belongs to it, with dims and coordinates; the groups are told at the head of this module.
+
+    Of all results:
+
+    * ``diffusion``: the model, for the schedule and the configuration;
+    * ``attrs``: further attributes of the root, which replace ours; numbers and strings are kept, other values become JSON.
+
+    Of :class:`~pyrodiff.ELBOTerms`: ``x0``, ``samples``, ``trajectories``, ``tables``, ``chain``: see :func:`_of_terms`.
+
+    Of the posteriors:
+
+    * ``cond``: what the network was conditioned on, for ``constant_data``.
+
+    Of a :class:`~pyrodiff.inference.smc.Posterior`, and of one :class:`~pyrodiff.inference.gibbs.GibbsChain` or a list of them:
+
+    * ``program``: the Pyro program of x_0 that made the observation (see :func:`~pyrodiff.inference.observe.observation`), for
+      ``posterior_predictive``, ``log_likelihood`` and ``observed_data``.
+
+    Of a pair ``(model, guide)``, as given to ``SVI`` (see :func:`~pyrodiff.inference.predictive.guide_draws`):
+
+    * ``args``, ``kwargs``: of the programs;
+    * ``draws`` (1000), and ``batch_size`` (1), how many of them one run of the programs makes.
+
+    Args:
+        result: one of these.
+        options: those of its kind.
+
+    Returns:
+        The tree.
+
+    Raises:
+        OptionError: another kind of result; an attribute is no JSON, or longer than 32,000 characters.
+
+    Example:
+        >>> tree = to_datatree(bound(model, guide, {"x": prior}, chain=True), args=(y,), draws=400, batch_size=100)
+        >>> az.summary(az.from_datatree(tree), var_names=["noise"])
+        >>> float(tree["diagnostics"].pareto_k)  # of the guide
+    """
+    raise OptionError(
+        f"{type(result).__name__} is no result that has a tree: terms of a bound, a Posterior, a GibbsChain or a list of them, or a "
+        "pair (model, guide)"
+    )
+
+
+@to_datatree.register(ELBOTerms)
+def _of_terms(
     terms: ELBOTerms,
     *,
     diffusion: GaussianDiffusion | None = None,
@@ -106,15 +180,13 @@ def to_datatree(
             other values become JSON.
 
     Returns:
-        The tree. The terms per step and all images are float32, the sums over steps float64.
+        The tree. The terms per step are float32, the sums over steps float64.
 
     Raises:
         ShapeError: a tensor does not fit the terms or the model.
         OptionError: an attribute is no JSON, or longer than 32,000 characters; a table has the name of another group, or a
             column of neither numbers nor text; ``chain`` for terms that do not have every timestep once.
     """
-    import xarray
-
     groups = {"elbo": _elbo(terms, diffusion), "log_likelihood": _log_likelihood(terms)}
     if chain:
         _add_weights(terms, diffusion, groups["elbo"], groups["log_likelihood"])
@@ -139,12 +211,216 @@ def to_datatree(
         if name in groups:
             raise OptionError(f"a table cannot be named {name!r}: the tree has another group of that name")
         groups[name] = _table(name, table)
-    root = _root_attrs(terms, diffusion)
-    for name, value in (attrs or {}).items():
-        root[name] = _attribute(name, value)
-    for group in groups.values():  # ArviZ looks at the groups, not at the root
-        group.attrs = root | group.attrs
-    return xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=root), **groups})
+    about = {"kl": terms.kl, "dims_per_example": terms.dims, "network_evaluations": terms.network_evaluations}
+    return _tree(groups, about, diffusion, attrs)
+
+
+@to_datatree.register(Posterior)
+def _of_particles(
+    posterior: Posterior,
+    *,
+    diffusion: GaussianDiffusion | None = None,
+    cond: Mapping[str, Any] | None = None,
+    program: Callable[[Tensor], Any] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> xarray.DataTree:
+    """A chain for each repeat; see :func:`to_datatree`."""
+    import xarray
+
+    log_w = posterior.log_weights
+    repeats, count = log_w.shape
+    found = systematic(log_w.softmax(1), torch.full_like(log_w, 0.5))
+    draws = torch.stack([x[i] for x, i in zip(posterior.particles, found, strict=True)])
+    particles = _images("x_0", posterior.particles, ("chain", "particle"))
+    particles["log_weight"] = (
+        ("chain", "particle"),
+        _numpy(log_w),
+        {**_NATS, "long_name": "log weight, not normalised"},
+    )
+    by_step = ("chain", "timestep")
+    diagnostics: dict[str, tuple[Any, ...]] = {
+        "ess": (
+            by_step,
+            _numpy(posterior.ess),
+            {"long_name": f"effective number of {count} weights, before resampling"},
+        ),
+        "pareto_k": (by_step, _numpy(posterior.pareto_k), {"long_name": "Pareto's k-hat of the weights"}),
+        "families": (
+            "chain",
+            _numpy(posterior.families),
+            {"long_name": "effective number of x_T that the weight descends from"},
+        ),
+    }
+    about = {
+        "method": posterior.method,
+        "network_evaluations": posterior.network_evaluations,
+        "seconds": posterior.seconds,
+        "warnings": json.dumps(posterior.warnings),
+    }
+    if posterior.no_evidence:
+        about["no_evidence"] = posterior.no_evidence
+    else:
+        estimate = {**_NATS, "long_name": "log of an unbiased estimate of p(y)"}
+        diagnostics["log_evidence"] = ("chain", _numpy(posterior.log_evidence), estimate)
+        about["log_evidence"], about["log_evidence_se"] = posterior.evidence
+    last = posterior.ess.shape[1] - 1
+    groups = {
+        "posterior": _images("x_0", draws, ("chain", "draw")),
+        "sample_stats": _dataset({"particle": Plated(found.flatten(), ())}, repeats),
+        "particles": particles,
+        "diagnostics": xarray.Dataset(diagnostics, {"chain": range(repeats), "timestep": range(last, -1, -1)}),
+    }
+    if program is not None:
+        rows = draws.flatten(0, 1)
+        with torch.no_grad():
+            observation(program)(rows)  # refuses what would take pixels for draws
+            seen = outlook(partial(program, rows), known({}), len(rows), -1)
+        _add_outlook(groups, seen, repeats)
+    _add_constants(groups, diffusion, cond)
+    return _tree(groups, about, diffusion, attrs)
+
+
+@to_datatree.register(GibbsChain)
+def _of_gibbs_chain(chain: GibbsChain, **options: Any) -> xarray.DataTree:
+    return _of_gibbs_chains([chain], **options)
+
+
+@to_datatree.register(list)
+def _of_gibbs_chains(
+    chains: list[GibbsChain],
+    *,
+    diffusion: GaussianDiffusion | None = None,
+    cond: Mapping[str, Any] | None = None,
+    program: Callable[[Tensor], Any] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> xarray.DataTree:
+    """Chains of as many sweeps each; see :func:`to_datatree`."""
+    import xarray
+
+    if not chains or not all(isinstance(chain, GibbsChain) for chain in chains):
+        raise OptionError(f"a list of {[type(chain).__name__ for chain in chains]} is not one of GibbsChain")
+    if len({chain.x0.shape for chain in chains}) > 1:
+        raise ShapeError(f"chains have x_0 of shapes {[list(chain.x0.shape) for chain in chains]}, not one")
+    names = chains[0].parameters
+    values = {name: torch.cat([chain.parameters[name] for chain in chains]) for name in names}
+    parameters = {
+        name: Plated(value, tuple(f"{name}_dim_{i}" for i in range(value.dim() - 1))) for name, value in values.items()
+    }
+    x0 = torch.stack([chain.x0 for chain in chains])
+    moved = ("chain", [chain.moved for chain in chains], {"long_name": "share of the sweeps in which x_0 changed"})
+    groups = {
+        "posterior": _dataset(parameters, len(chains)).merge(_images("x_0", x0, ("chain", "draw"))),
+        "diagnostics": xarray.Dataset({"moved": moved}, {"chain": range(len(chains))}),
+    }
+    if program is not None:
+        rows = x0.flatten(0, 1)
+        with torch.no_grad():
+            seen = [
+                outlook(partial(program, rows[i : i + 1]), known({k: v[i] for k, v in values.items()}), 1, -1)
+                for i in range(len(rows))
+            ]
+        _add_outlook(groups, joined(seen), len(chains))
+    _add_constants(groups, diffusion, cond)
+    about = {
+        "method": "particle Gibbs",
+        "network_evaluations": sum(chain.network_evaluations for chain in chains),
+        "seconds": sum(chain.seconds for chain in chains),
+        "warnings": json.dumps([text for chain in chains for text in chain.warnings]),
+    }
+    return _tree(groups, about, diffusion, attrs)
+
+
+@to_datatree.register(tuple)
+def _of_guide(
+    pair: tuple[Callable[..., Any], Callable[..., Any]],
+    *,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    draws: int = 1000,
+    batch_size: int = 1,
+    diffusion: GaussianDiffusion | None = None,
+    cond: Mapping[str, Any] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> xarray.DataTree:
+    """Draws of a guide, in one chain; see :func:`to_datatree`."""
+    import xarray
+
+    if len(pair) != 2 or not all(callable(program) for program in pair):
+        raise OptionError(
+            f"a tuple of {[type(one).__name__ for one in pair]} is not a pair of programs, (model, guide)"
+        )
+    found = guide_draws(*pair, args, kwargs, draws=draws, batch_size=batch_size)
+    groups = {"posterior": _dataset(found.outlook.latents, 1)}
+    about: dict[str, Any] = {"method": "variational: draws of the guide"}
+    cautions: list[str] = []
+    if found.log_weights is None:
+        about["no_weights"] = (
+            "the pair estimates a bound, which is no density to weight draws by: how far the guide is from the posterior is not "
+            "known; ask the pair of bound(..., chain=True)"
+        )
+        cautions.append(about["no_weights"])
+    else:
+        w = found.log_weights
+        k = float(pareto_k(w[:, None])[0])
+        log_evidence = torch.logsumexp(w, 0) - math.log(len(w))
+        groups["sample_stats"] = _dataset({"log_weight": Plated(w, ())}, 1)
+        groups["sample_stats"]["log_weight"].attrs = {**_NATS, "long_name": "log p(latents, data) - log q(latents)"}
+        groups["diagnostics"] = xarray.Dataset(
+            {
+                "pareto_k": ((), k, {"long_name": "Pareto's k-hat of the weights"}),
+                "ess": (
+                    (),
+                    float(effective_chains(w[:, None])[0]),
+                    {"long_name": f"effective number of {len(w)} draws"},
+                ),
+                "log_evidence": ((), float(log_evidence), {**_NATS, "long_name": "log of the mean weight"}),
+                "elbo": ((), float(w.mean()), {**_NATS, "long_name": "mean of the log weight"}),
+            }
+        )
+        if k > HEAVY:
+            cautions.append(
+                f"Pareto's k-hat of the guide against the joint is {k:.2f}, above {HEAVY}: its draws are not those of the posterior, "
+                "and no weights make them so"
+            )
+        if math.isnan(k):
+            cautions.append(f"Pareto's k-hat takes 25 draws, {len(w)} were made: how good the guide is is not known")
+    about["warnings"] = json.dumps(cautions)
+    _add_outlook(groups, found.outlook, 1)
+    _add_constants(groups, diffusion, cond)
+    return _tree(groups, about, diffusion, attrs)
+
+
+def _add_outlook(groups: dict[str, xarray.Dataset], found: Outlook, chains: int) -> None:
+    """What a program says of the draws, of all chains one after another."""
+    computed = {name: value for name, value in found.latents.items() if name not in groups["posterior"]}
+    groups["posterior"] = groups["posterior"].merge(_dataset(computed, chains))
+    for name, values in (("log_likelihood", found.log_likelihood), ("posterior_predictive", found.replicated)):
+        if values:
+            groups[name] = _dataset(values, chains)
+    if found.observed:
+        groups["observed_data"] = _dataset(found.observed, 1).isel(chain=0, draw=0, drop=True)
+    for variable in groups.get("log_likelihood", {}).values():
+        variable.attrs = {**_NATS, "comment": "by plate; PSIS-LOO is not for data that have a latent of their own each"}
+
+
+def _add_constants(
+    groups: dict[str, xarray.Dataset], diffusion: GaussianDiffusion | None, cond: Mapping[str, Any] | None
+) -> None:
+    """The schedule and the conditioning values."""
+    import xarray
+
+    constants = xarray.Dataset() if diffusion is None else _schedule(diffusion.schedule)
+    for name, value in (cond or {}).items():
+        if name in constants:
+            raise OptionError(f"cond cannot be named {name!r}: the schedule has a variable of that name")
+        values = torch.as_tensor(value)
+        constants[name] = (
+            tuple(f"{name}_dim_{i}" for i in range(values.dim())),
+            _numpy(values),
+            {"role": "conditioning"},
+        )
+    if len(constants):
+        groups["constant_data"] = constants
 
 
 def write(tree: xarray.DataTree, path: str | os.PathLike[str]) -> None:
@@ -375,15 +651,31 @@ def _of_schedule(schedule: Schedule, t: Tensor) -> dict[str, Any]:
 
 
 def _images(name: str, x: Tensor, dims: Sequence[str]) -> xarray.Dataset:
-    """A variable of float32 events, with an index for every batch dim."""
+    """A variable of events, with an index for every batch dim."""
     import xarray
 
-    event_dim = x.dim() - len(dims)
-    names = {1: ("feature",), 3: ("channel", "height", "width")}
-    event = names.get(event_dim, tuple(f"event_dim_{i}" for i in range(event_dim)))
+    event = _event(x.dim() - len(dims))
     coords = {dim: range(size) for dim, size in zip(dims, x.shape, strict=False)}
-    values = _numpy(x.float())
-    return xarray.Dataset({name: ((*dims, *event), values, {"units": "model units"})}, coords)
+    return xarray.Dataset({name: ((*dims, *event), _numpy(x), {"units": "model units"})}, coords)
+
+
+def _dataset(variables: Mapping[str, Plated], chains: int) -> xarray.Dataset:
+    """Sites by chain and draw, given all chains one after another; a site's event dims have its name before theirs."""
+    import xarray
+
+    found, draws = {}, 0
+    for name, (values, plates) in variables.items():
+        values = values.unflatten(0, (chains, -1))
+        draws = values.shape[1]
+        event = (f"{name}_{dim}" for dim in _event(values.dim() - 2 - len(plates)))
+        found[name] = (("chain", "draw", *plates, *event), _numpy(values))
+    return xarray.Dataset(found, {"chain": range(chains), "draw": range(draws)} if found else {})
+
+
+def _event(event_dim: int) -> tuple[str, ...]:
+    """Names of an event's dims."""
+    names = {1: ("feature",), 2: ("channel", "length"), 3: ("channel", "height", "width")}
+    return names.get(event_dim, tuple(f"event_dim_{i}" for i in range(event_dim)))
 
 
 def _check(name: str, x: Tensor, batch_dim: int, event: torch.Size | None) -> None:
@@ -395,28 +687,42 @@ def _check(name: str, x: Tensor, batch_dim: int, event: torch.Size | None) -> No
 
 
 def _numpy(x: Tensor) -> Any:
-    return x.detach().cpu().numpy()
+    return (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
 
 
-def _root_attrs(terms: ELBOTerms, diffusion: GaussianDiffusion | None) -> dict[str, Any]:
-    attrs: dict[str, Any] = {
+def _tree(
+    groups: Mapping[str, xarray.Dataset],
+    about: Mapping[str, Any],
+    diffusion: GaussianDiffusion | None,
+    attrs: Mapping[str, Any] | None,
+) -> xarray.DataTree:
+    """The groups below a root, with attributes: of the library, the result, the model, and the user."""
+    import xarray
+
+    root = {
         "inference_library": "pyro",
         "inference_library_version": pyro.__version__,
         "creation_library": "pyrodiff",
         "creation_library_version": __version__,
         "torch_version": str(torch.__version__),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "kl": terms.kl,
-        "dims_per_example": terms.dims,
-        "network_evaluations": terms.network_evaluations,
+        **about,
+        **_of_model(diffusion),
     }
+    for name, value in (attrs or {}).items():
+        root[name] = _attribute(name, value)
+    for group in groups.values():  # ArviZ looks at the groups, not at the root
+        group.attrs = root | group.attrs
+    return xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=root), **groups})
+
+
+def _of_model(diffusion: GaussianDiffusion | None) -> dict[str, Any]:
     if diffusion is None:
-        return attrs
+        return {}
     config = diffusion.config
     if len(json.dumps(config)) > _MAX_ATTRIBUTE:  # a long table of betas, which constant_data has
         config = {**config, "schedule": {"schedule": type(diffusion.schedule).__name__}}
-    attrs["diffusion"] = _attribute("diffusion", config)
-    attrs["network"] = type(diffusion.net).__name__
+    attrs = {"diffusion": _attribute("diffusion", config), "network": type(diffusion.net).__name__}
     if isinstance(net_config := getattr(diffusion.net, "config", None), Mapping):
         attrs["network_config"] = _attribute("network_config", dict(net_config))
     return attrs

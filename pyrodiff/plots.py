@@ -1,4 +1,4 @@
-"""Pictures: the bound by timestep, grids of images, denoising paths, training curves, the laboratory's tables.
+"""Pictures: the bound by timestep, images, denoising paths, training curves, the laboratory's tables, posteriors.
 
 Every function returns a :class:`matplotlib.figure.Figure` that no window or pyplot knows of, so
 that no display is needed and nothing has to be closed; :func:`save` writes it. Matplotlib is an
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .elbo import KLS, BitsPerDim, ELBOTerms, Estimate, bits_per_dim
-from .errors import OptionError, ShapeError, check_option
+from .errors import OptionError, ProgramError, ShapeError, check_option
+from .inference.smc import HEAVY, Posterior
 from .inference_data import replaced
 from .schedules import Schedule
 
@@ -33,7 +34,9 @@ __all__ = [
     "estimators",
     "gradients",
     "image_grid",
+    "posterior",
     "save",
+    "smc_diagnostics",
     "timesteps",
     "training_curve",
 ]
@@ -48,6 +51,7 @@ _MOST_BINS = 60
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _KL_COLOURS = {"analytic": "#0072B2", "k1": "#D55E00", "k2": "#CC79A7", "k3": "#009E73", "analytic + c N": "#56B4E9"}
 _MARKERS = "osD^vPX"
+_SAND = (0.85, 0.75, 0.55)  # neither a grey nor in viridis
 _WIDTH = 6.5
 _NAME_WIDTH = 20
 _LINE, _SMALL = 0.13, 0.115  # inches: of a line of names, of small print
@@ -405,6 +409,130 @@ def gradients(table: pandas.DataFrame) -> Figure:
     return figure
 
 
+def posterior(
+    found: Posterior | Tensor,
+    observation: Tensor | None = None,
+    draws: int = 4,
+    data_range: tuple[float, float] | None = None,
+    units: str = "model units",
+) -> Figure:
+    """Mean, standard deviation and a few draws of a posterior of images or signals, beside what was observed.
+
+    Images are panels, those of the data's values on one colour scale, the standard deviation on another, from 0 on (of RGB images
+    the root mean square over colours). Of signals ``[C, L]`` each channel is a panel: bands of one and two standard deviations about
+    the mean, the draws as lines, the observation as dots. The draws stand at evenly spaced places of the cumulative
+    weights; two of them may be copies. What the result warns of is written below.
+
+    Args:
+        found: particles, weighted as they are (and repeats by their evidence); or draws of equal weight, ``[N, *event]``, such as
+            ``chain.x0`` of a Gibbs chain or ``draws["x"]`` of ``Predictive``. Events ``[C, H, W]`` with C = 1 or 3, ``[C, L]``
+            or ``[D]``.
+        observation: an image ``[C, h, w]`` of any size, or a signal of the event's shape. NaN: not observed.
+        draws: number of them.
+        data_range: the values at the ends of the colour scale; None: the smallest and largest shown.
+        units: of the data.
+
+    Raises:
+        ShapeError: the tensors hold no such events.
+        OptionError: an option is out of range, or matplotlib is not installed.
+    """
+    if isinstance(found, Posterior):
+        x, weights, notes = found.particles.flatten(0, 1), found.weights.flatten(), found.warnings
+    else:
+        x, notes = found, ()
+        weights = torch.full((len(x),), 1 / max(1, len(x)), dtype=torch.float64)
+    x = x.detach().double().cpu()
+    if not 2 <= x.dim() <= 4 or not x.numel() or (x.dim() == 4 and x.shape[1] not in (1, 3)):
+        raise ShapeError(
+            f"a posterior of shape {list(x.shape)} is not [N, C, H, W] with C = 1 or 3, [N, C, L] or [N, D]"
+        )
+    if draws < 0:
+        raise OptionError(f"draws={draws!r} is not at least 0")
+    if x.dim() == 2:
+        x, observation = x[:, None], None if observation is None else observation[None]
+    weights = weights.detach().cpu()
+    mean = torch.tensordot(weights, x, 1)
+    deviation = torch.tensordot(weights, (x - mean).square(), 1).sqrt()
+    shown = x[:0]
+    if draws:
+        places = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+        shown = x[torch.searchsorted(weights.cumsum(0), places).clamp(max=len(x) - 1)]
+    if observation is not None:
+        observation = observation.detach().double().cpu()
+        fits = (
+            observation.dim() == 3 and len(observation) == x.shape[1]
+            if x.dim() == 4
+            else observation.shape == x.shape[1:]
+        )
+        if not fits:
+            raise ShapeError(
+                f"an observation of shape {list(observation.shape)} does not go with events {list(x.shape[1:])}"
+            )
+    below = [part for text in notes for part in textwrap.wrap(f"warning: {text}", 130, subsequent_indent="    ")]
+    draw = _posterior_images if x.dim() == 4 else _posterior_signals
+    figure = draw(mean, deviation, shown, observation, data_range, units, _SMALL * len(below))
+    figure.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=6.5)
+    return figure
+
+
+def smc_diagnostics(found: Posterior) -> Figure:
+    """Effective number of weights and Pareto's k-hat of each repeat along the chain, with the families in the title.
+
+    Args:
+        found: what :func:`~pyrodiff.inference.smc.smc` returned.
+
+    Raises:
+        ProgramError: the result has no weights.
+        OptionError: matplotlib is not installed.
+    """
+    if found.no_evidence:
+        raise ProgramError(found.no_evidence)
+    repeats, count = found.log_weights.shape
+    ess, k = found.ess.cpu(), found.pareto_k.cpu()
+    t = torch.arange(ess.shape[1] - 1, -1, -1)
+    below = [
+        part for text in found.warnings for part in textwrap.wrap(f"warning: {text}", 130, subsequent_indent="    ")
+    ]
+    figure = _figure(_WIDTH, 2.9 + _SMALL * len(below), dpi=PRINT_DPI)
+    left, right = figure.subplots(1, 2)
+    style: dict[str, Any] = {"linewidth": 1, "marker": "o" if len(t) <= 40 else "", "markersize": 2.5, "alpha": 0.8}
+    for r in range(repeats):
+        colour = _PALETTE[r % len(_PALETTE)]
+        left.plot(t, 100 * ess[r] / count, color=colour, **style)
+        right.plot(t, torch.where(k[r].isfinite(), k[r], math.nan), color=colour, **style)
+    left.set(
+        ylim=(0, 103),
+        ylabel=f"effective share of {count:,} (%)",
+        title="Effective number of weights, a line per repeat",
+    )
+    right.axhline(HEAVY, color="0.4", linewidth=0.8, linestyle="--")
+    low, high = right.get_ylim()
+    right.set(
+        ylim=(min(low, 0), max(high, 1)),
+        ylabel=r"$\hat k$",
+        title=rf"Pareto's $\hat k$ (above {HEAVY}, a few weights decide)",
+    )
+    if not k.isfinite().any():
+        right.annotate("no tail to fit", (0.5, 0.4), xycoords="axes fraction", ha="center", fontsize=7)
+    for axes in (left, right):
+        axes.set_xlabel(r"step $t$ of the chain; 0 is $x_0$")
+        axes.invert_xaxis()
+        axes.locator_params(axis="x", integer=True)
+        _plain(axes, 7)
+    log_z, error = found.evidence
+    families = ", ".join(f"{float(value):.1f}" for value in found.families[:8])
+    told = f"± {error:.3f} over repeats" if repeats > 1 else f"± {float(found.families[0]) ** -0.5:.3f} by families"
+    lines = [
+        f"{found.method}: {count:,} particles, {repeats} repeats; log p(y) = {log_z:.3f} {told}, nats".replace(
+            "-", "−"
+        ),
+        f"families: {families}{', …' if repeats > 8 else ''}",
+    ]
+    figure.suptitle("\n".join(lines), fontsize=8)
+    figure.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=6.5)
+    return figure
+
+
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure as PNG, 150 pixels per inch, tables' 300; a file under ``path`` is replaced at once, or left as it was.
 
@@ -689,6 +817,95 @@ def _mosaic(
             axes.text(*at, text, fontsize=7, ha="center", va="bottom")
     for top, name in zip(tops, names or [], strict=False):
         axes.text(left - 8, top + height / 2 - 0.5, name, fontsize=9, ha="right", va="center")
+    return figure
+
+
+# ---------------------------------------------------------------------- posteriors
+
+
+def _posterior_images(
+    mean: Tensor,
+    deviation: Tensor,
+    draws: Tensor,
+    observation: Tensor | None,
+    data_range: tuple[float, float] | None,
+    units: str,
+    below: float,
+) -> Figure:
+    """Panels of images, ``[C, H, W]``; ``below``: inches of small print."""
+    data = [] if observation is None else [("observation", observation)]
+    data += [("mean", mean), *((f"draw {i + 1}", draw) for i, draw in enumerate(draws))]
+    if data_range is None:
+        values = torch.cat([image[image.isfinite()] for _, image in data])
+        data_range = float(values.min()), float(values.max())
+    low, high = data_range
+    if not low < high:
+        raise OptionError(f"data_range={data_range!r} is not (low, high) with low < high")
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    at = 1 + (observation is not None)  # of the standard deviation
+    count, tall = len(data) + 1, mean.shape[1] / mean.shape[2]
+    figure = _figure(1.35 * count, 1.35 * tall + 0.85 + below)
+    panels, bars = figure.subplots(2, count, height_ratios=[1.35 * tall, 0.07], squeeze=False)
+    for axes, (name, image) in zip([*panels[:at], *panels[at + 1 :]], data, strict=True):
+        missing = ~image.isfinite().all(0)
+        pixels = ((image - low) / (high - low)).clamp(0, 1).permute(1, 2, 0).repeat(1, 1, 3 // len(image))
+        pixels[missing] = torch.tensor(_SAND, dtype=pixels.dtype)
+        axes.imshow(pixels.numpy(), interpolation="nearest")
+        axes.set_title(name, fontsize=8)
+        if missing.any():
+            axes.set_xlabel("sand: not observed" if image is observation else "sand: not finite", fontsize=7)
+    spread = deviation.square().mean(0).sqrt()
+    heat = panels[at].imshow(
+        spread.numpy(), cmap="viridis", vmin=0, vmax=float(spread.max()) or 1, interpolation="nearest"
+    )
+    panels[at].set_title("standard deviation", fontsize=8)
+    for axes in panels:
+        axes.set(xticks=[], yticks=[])
+    scales = {at: heat} if len(mean) == 3 else {at - 1: ScalarMappable(Normalize(low, high), "gray"), at: heat}
+    for i, axes in enumerate(bars):
+        if i in scales:
+            figure.colorbar(scales[i], cax=axes, orientation="horizontal").set_label(units, fontsize=7)
+            axes.tick_params(labelsize=6.5)
+        else:
+            axes.set_axis_off()
+    return figure
+
+
+def _posterior_signals(
+    mean: Tensor,
+    deviation: Tensor,
+    draws: Tensor,
+    observation: Tensor | None,
+    data_range: tuple[float, float] | None,
+    units: str,
+    below: float,
+) -> Figure:
+    """A panel for each channel of signals ``[C, L]``."""
+    channels, length = mean.shape
+    figure = _figure(_WIDTH, 0.75 + 1.5 * channels + below)
+    panels = figure.subplots(channels, 1, squeeze=False, sharex=True)[:, 0]
+    at, colour = torch.arange(length), _PALETTE[0]
+    for c, axes in enumerate(panels):
+        for times, alpha in ((2, 0.15), (1, 0.3)):
+            low, high = mean[c] - times * deviation[c], mean[c] + times * deviation[c]
+            label = f"± {times} standard deviation{'s' * (times > 1)}"
+            axes.fill_between(at, low, high, color=colour, alpha=alpha, linewidth=0, label=label)
+        for i, draw in enumerate(draws):
+            axes.plot(at, draw[c], color="0.35", linewidth=0.6, label="draws" if not i else None)
+        axes.plot(at, mean[c], color=colour, linewidth=1.4, label="mean")
+        if observation is not None:
+            axes.plot(at, observation[c], "o", color=_PALETTE[1], markersize=3, label="observation")
+        if data_range is not None:
+            axes.set_ylim(data_range)
+        axes.set_ylabel(f"channel {c} ({units})" if channels > 1 else units)
+        _plain(axes, 7)
+    panels[-1].set_xlabel("position")
+    panels[-1].locator_params(axis="x", integer=True)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=7)
+    _plain(panels[-1], 7)
     return figure
 
 

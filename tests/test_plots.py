@@ -16,7 +16,8 @@ from torch import Tensor
 
 import pyrodiff
 from pyrodiff import plots
-from pyrodiff.errors import OptionError, ShapeError
+from pyrodiff.errors import OptionError, ProgramError, ShapeError
+from pyrodiff.inference.smc import Posterior
 
 pytest.importorskip("matplotlib")
 from matplotlib.image import imread
@@ -198,6 +199,95 @@ def test_training_curve(tmp_path: Path):
         plots.training_curve([{"step": 1, "loss": 2.0}])
 
 
+def particles(event: tuple[int, ...], repeats: int = 2, **fields: Any) -> Posterior:
+    count = 30
+    given = {
+        "ess": torch.rand(repeats, 6).double() * count,
+        "pareto_k": torch.rand(repeats, 6).double(),
+        "families": torch.full((repeats,), 3.25).double(),
+        "warnings": ("a collapse",),
+    } | fields
+    weights = 2 * torch.randn(repeats, count).double()
+    return Posterior(
+        "smc, test", torch.randn(repeats, count, *event), weights, network_evaluations=1, seconds=1.0, **given
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_posterior_of_images(tmp_path: Path, channels: int):
+    found = particles((channels, 4, 5))
+    observation = torch.rand(channels, 2, 2)
+    observation[:, 0, 0] = math.nan
+    figure = plots.posterior(found, observation, draws=3, data_range=(-2, 2), units="keV")
+    panels = figure.axes[:6]
+    assert [axes.get_title() for axes in panels] == [
+        "observation",
+        "mean",
+        "standard deviation",
+        "draw 1",
+        "draw 2",
+        "draw 3",
+    ]
+    shown = [torch.from_numpy(np.asarray(axes.images[0].get_array())) for axes in panels]
+    mean = found.mean()
+    deviation = found.mean(lambda x: (x - mean) ** 2).mean(0).sqrt()
+    np.testing.assert_allclose(shown[2], deviation, rtol=1e-6)
+    assert panels[2].images[0].get_clim() == (0, pytest.approx(float(deviation.max())))
+    grey = ((mean + 2) / 4).clamp(0, 1).permute(1, 2, 0).expand(4, 5, 3)
+    np.testing.assert_allclose(shown[1], grey, atol=1e-6)
+    every = ((found.particles.flatten(0, 1) + 2) / 4).clamp(0, 1).permute(0, 2, 3, 1).expand(-1, 4, 5, 3)
+    weights = found.weights.flatten()
+    places = [int(((every - draw).abs() < 1e-6).flatten(1).all(1).nonzero()[0]) for draw in shown[3:]]
+    for i, place in enumerate(places):  # the particle in whose share of the mass the place lies
+        assert weights[:place].sum() <= (i + 0.5) / 3 <= weights[: place + 1].sum()
+    np.testing.assert_allclose(shown[0][0, 0], plots._SAND)
+    assert panels[0].get_xlabel() == "sand: not observed" and panels[1].get_xlabel() == ""
+    bars = [axes.get_xlabel() for axes in figure.axes[6:] if axes.axison]
+    assert bars == ["keV"] * (2 if channels == 1 else 1)
+    assert figure.get_supxlabel() == "warning: a collapse"
+    plots.save(figure, tmp_path / "a.png")
+    plots.save(plots.posterior(torch.ones(2, 1, 3, 3), draws=0, data_range=(0, 1)), tmp_path / "a.png")  # no spread
+
+
+def test_a_posterior_of_signals(tmp_path: Path):
+    x = torch.randn(50, 2, 7)
+    observation = torch.randn(2, 7)
+    observation[0, 3] = math.nan
+    figure = plots.posterior(x, observation, draws=2, units="mV")
+    for c, axes in enumerate(figure.axes):
+        drawn = lines(axes)
+        np.testing.assert_allclose(drawn["mean"][1], x[:, c].mean(0), atol=1e-6)
+        np.testing.assert_allclose(drawn["observation"][1], observation[c])
+        outer = axes.collections[0].get_datalim(axes.transData)
+        deviation = x[:, c].std(0, correction=0)
+        assert outer.y1 == pytest.approx(float((x[:, c].mean(0) + 2 * deviation).max()))
+        assert axes.get_ylabel() == f"channel {c} (mV)"
+        np.testing.assert_allclose(drawn["draws"][1], x[12, c], rtol=1e-6)  # a quarter along 50
+    plots.save(figure, tmp_path / "a.png")
+    (axes,) = plots.posterior(particles((5,)), torch.zeros(5)).axes
+    assert len(lines(axes)["mean"][1]) == 5
+
+
+def test_diagnostics_of_particles(tmp_path: Path):
+    found = particles((2,), ess=30 * torch.rand(2, 6).double())
+    found.pareto_k[0, 2] = -math.inf
+    figure = plots.smc_diagnostics(found)
+    left, right = figure.axes
+    at, height = left.lines[1].get_data()
+    assert list(at) == [5, 4, 3, 2, 1, 0]
+    np.testing.assert_allclose(height, 100 * found.ess[1] / 30)
+    np.testing.assert_allclose(right.lines[1].get_ydata(), found.pareto_k[1])
+    assert np.isnan(right.lines[0].get_ydata()).tolist() == [False, False, True, False, False, False]
+    assert "families: 3.2, 3.2" in figure.get_suptitle() and "over repeats" in figure.get_suptitle()
+    assert f"{found.evidence.log_z:.3f}".replace("-", "−") in figure.get_suptitle()
+    assert figure.get_supxlabel() == "warning: a collapse"
+    plots.save(figure, tmp_path / "a.png")
+    one = plots.smc_diagnostics(particles((2,), 1, pareto_k=torch.full((1, 6), -math.inf).double()))
+    assert "by families" in one.get_suptitle() and "no tail" in one.axes[1].texts[0].get_text()
+    with pytest.raises(ProgramError, match="a heuristic"):
+        plots.smc_diagnostics(particles((2,), no_evidence="a heuristic"))
+
+
 def test_the_same_bytes_and_all_or_nothing(tmp_path: Path):
     for name in ("a", "b"):
         plots.save(plots.training_curve([{"step": 1, "train_bits_per_dim": 2.0}]), tmp_path / f"{name}.png")
@@ -225,6 +315,11 @@ def test_what_does_not_fit():
         lambda: plots.denoising(torch.zeros(3, 1, 8, 8)),
         lambda: plots.denoising(torch.zeros(3, 1, 1, 8, 8), [1, 0]),
         lambda: plots.denoising(torch.zeros(3, 1, 1, 8, 8), x0_hat=torch.zeros(3, 1, 1, 8, 8)),
+        lambda: plots.posterior(torch.zeros(3)),
+        lambda: plots.posterior(torch.zeros(3, 2, 8, 8)),
+        lambda: plots.posterior(torch.zeros(0, 8)),
+        lambda: plots.posterior(torch.zeros(3, 2, 8), torch.zeros(8)),
+        lambda: plots.posterior(torch.zeros(3, 1, 8, 8), torch.zeros(3, 8, 8)),
     ):
         with pytest.raises(ShapeError):
             call()
@@ -234,6 +329,8 @@ def test_what_does_not_fit():
         lambda: plots.image_grid(torch.zeros(3, 1, 8, 8), columns=0),
         lambda: plots.image_grid(torch.zeros(3, 1, 8, 8), titles=["a"]),
         lambda: plots.denoising(torch.zeros(3, 1, 1, 8, 8), columns=1),
+        lambda: plots.posterior(torch.zeros(3, 1, 8, 8)),  # all the same: no scale
+        lambda: plots.posterior(torch.zeros(3, 8), draws=-1),
     ):
         with pytest.raises(OptionError):
             call()
