@@ -16,7 +16,7 @@ from oracles import DDPM, GaussianDenoiser, LinearModel, hermite
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Importance, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer import TraceMeanField_ELBO as StockMeanField
-from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoGaussian, AutoGuideList, AutoMultivariateNormal, AutoNormal
 from pyro.infer.autoguide.effect import AutoNormalMessenger
 from pyro.infer.mcmc.util import initialize_model
 from pyro.optim import Adam, ClippedAdam
@@ -491,6 +491,19 @@ def test_one_estimate_by_each_elbo():
     assert values[Trace_ELBO] - values[StockMeanField] == pytest.approx(difference, abs=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Found auxiliary vars")
+def test_the_entropy_of_a_point_is_counted():
+    """An autoguide that draws elsewhere gives x as a point with a density: no KL may lose it."""
+    prior = DiffusionPrior(gaussian(10))
+    guide = AutoGaussian(problem(prior))
+    guide(Y)  # makes its parameters, from draws
+    pair, values = bound(problem(prior), guide, {"x": prior}), []
+    for elbo in (Trace_ELBO, StockMeanField):
+        torch.manual_seed(0)
+        values.append(elbo(num_particles=3, vectorize_particles=True, max_plate_nesting=0).loss(*pair, Y))
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
 def test_whole_chain_by_each_elbo():
     """Analytic KLs of the chain, given x: the mean-field condition holds, and means agree with those by log-ratios."""
     prior = DiffusionPrior(gaussian(5, 0.3, 0.25))
@@ -649,6 +662,24 @@ def test_guide_made_of_the_denoiser():
     assert denoiser.scale.item() ** 2 == pytest.approx(1 / (4 + precision), abs=0.02)
     with pytest.raises(ShapeError, match="the estimate has shape"):
         DenoiserGuide(prior, "x", lambda y: y[:, None, None].expand(5, 1, 2))(y)
+
+
+def test_guide_made_of_a_denoiser_with_a_schedule_per_element():
+    """The network is told the learned log-SNR: x0_hat is that of all elements at it."""
+
+    class Shifted(LogLinearSchedule):
+        event_dim = 2
+
+        def log_snr(self, t):
+            return super().log_snr(t)[..., None, None] + torch.tensor([[-1.0, 1.0]])
+
+    net = GaussianDenoiser("x0", mean=0.3, var=0.25)
+    prior = DiffusionPrior(GaussianDiffusion(net, Shifted(4, -4.0, 4.0), (2, 2), "x0"))
+    rough = torch.tensor([[1.0, -0.5], [0.2, 2.0]])
+    guide = DenoiserGuide(prior, "x", lambda: rough, log_snr=0.7, scale=1e-9)
+    alpha2 = torch.tensor(0.7).sigmoid()
+    expected = 0.3 + alpha2 * 0.25 / (alpha2 * 0.25 + 1 - alpha2) * (rough - 0.3)
+    torch.testing.assert_close(guide()["x"].detach(), expected)
 
 
 def test_guides_of_several_parts():
@@ -890,6 +921,13 @@ def test_half_a_pair_is_refused():
 def test_a_pair_that_does_not_fit_is_refused():
     prior, other = DiffusionPrior(gaussian(3)), DiffusionPrior(gaussian(3))
     guide = AutoNormal(problem(prior))
+    for law in (
+        prior.expand([1]).to_event(1),
+        prior.mask(torch.tensor(True)),
+        dist.Normal(torch.zeros(1), 1.0).to_event(1),
+    ):
+        with pytest.raises(ProgramError, match=r"'x' has a .* as its law, and not its prior itself"):
+            Trace_ELBO().loss(*bound(problem(law), guide, {"x": prior}), Y)
     with pytest.raises(ProgramError, match=r"'x' has a diffusion as its prior.*\['z'\]"):
         Trace_ELBO().loss(*bound(problem(prior), guide, {"z": prior}), Y)
     with pytest.raises(ProgramError, match="another prior than bound was given"):
@@ -961,6 +999,17 @@ def test_flow_reparam_refuses_what_is_no_map():
     )
     with pytest.raises(ProgramError, match="'x' is observed"):
         observed()
+
+
+def test_flow_reparam_keeps_the_dims_of_the_event():
+    """Rows made event dims, as many as particles and elements: one draw each, and the noise's site has x's event dims."""
+    prior = DiffusionPrior(gaussian(3, event=(3,)), "flow", steps=2)
+    model = poutine.reparam(lambda: pyro.sample("x", prior.expand([3]).to_event(1)), {"x": FlowReparam()})
+    with pyro.plate("particles", 3):
+        trace = poutine.trace(model).get_trace()
+    for name in ("x_T", "x"):
+        assert trace.nodes[name]["fn"].event_shape == (3, 3)
+        assert trace.nodes[name]["value"].shape == (3, 3, 3) and len(trace.nodes[name]["value"].unique()) == 27
 
 
 def test_svi_in_the_noise_of_the_flow():
@@ -1040,6 +1089,8 @@ def test_bias_of_steps_is_of_each_element_and_condition():
     gap = np.stack([(oracle(20, m).nelbo(m + away) - continuous_nelbo(m + away, m)).sum() for m in (-3.0, 0.0, 3.0)])
     assert np.all(np.abs(found.gap.mean(0).numpy() - gap) < 4.5 * found.gap.std(0).numpy() / math.sqrt(40))
     assert found.shift.shape == (3,)
+    still = torch.cat([x[:, :1], torch.ones(3, 2)], 1)  # elements that do not vary
+    assert "nan" not in str(steps_bias(prior.given(y=torch.arange(3)), still))
     torch.testing.assert_close(found.shift, found.shift[[1, 2, 0]])  # the elements differ by a constant
 
 
@@ -1047,6 +1098,8 @@ def test_bias_of_steps_refuses():
     for diffusion in (gaussian(math.inf), gaussian(1)):
         with pytest.raises(OptionError, match="schedule of"):
             steps_bias(DiffusionPrior(diffusion), torch.zeros(3, 1))
+    with pytest.raises(OptionError, match="law='flow'"):
+        steps_bias(DiffusionPrior(gaussian(3), "flow"), torch.zeros(3, 1))
     with pytest.raises(ShapeError, match="B >= 2"):
         steps_bias(DiffusionPrior(gaussian(3)), torch.zeros(1, 1))
     with pytest.raises(OptionError, match="timesteps=0"):

@@ -445,6 +445,23 @@ def test_a_program_that_is_no_observation_is_refused():
         scale = pyro.sample("scale", dist.HalfNormal(1.0))
         pyro.sample("y", dist.Normal(x0, scale).to_event(1), obs=torch.zeros(4))
 
+    def subsampled(x0: Tensor) -> None:
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0), obs=None if unknown else torch.zeros(()))
+        with pyro.plate("rows", 4, subsample_size=2, dim=-2):
+            pyro.sample("y", dist.Normal(x0.sum(1) + shift, 1.0), obs=torch.zeros(2, 1))
+
+    def fixed(x0: Tensor) -> None:
+        with pyro.plate("rows", 4, subsample=torch.tensor([0, 3]), dim=-2):
+            pyro.sample("y", dist.Normal(x0.sum(1), 1.0), obs=torch.zeros(2, 1))
+
+    unknown = False
+    with pytest.raises(ProgramError, match="plate 'rows' draws 2 of 4 rows"):
+        observation(subsampled)(torch.randn(4, 4))
+    unknown = True
+    with pytest.raises(ProgramError, match="plate 'rows' draws 2 of 4 rows"):
+        particle_gibbs(chain(2)[0], subsampled, 2)
+    x0 = torch.randn(4, 4)
+    torch.testing.assert_close(observation(fixed)(x0), 4 * dist.Normal(x0.sum(1), 1.0).log_prob(torch.zeros(())))
     with pytest.raises(ShapeError, match=r"'y' has log-probabilities of shape \[4, 4\] for 4 particles"):
         observation(no_event)(torch.randn(4, 4))
     with pytest.raises(ProgramError, match="'scale' is not observed"):
@@ -536,6 +553,20 @@ def test_particle_gibbs_finds_the_noise(proposal: str):
     assert found.moved > 0.2 and not found.warnings
 
 
+def test_a_chain_that_hardly_moves_is_told():
+    """Two particles, and y that no free one comes near: the best so far is kept, and beaten about log S times in S sweeps."""
+    diffusion, _ = chain(2, dims=6)
+
+    def program(x0: Tensor) -> None:
+        shift = pyro.sample("shift", dist.Normal(torch.zeros((), dtype=F64), 1e-4))
+        pyro.sample("y", dist.Normal(x0 + shift, 1e-3).to_event(1), obs=torch.zeros(6, dtype=F64))
+
+    found = particle_gibbs(diffusion, program, 120, particles=2, proposal="bootstrap", seed=0)
+    changes = int((found.x0[1:] != found.x0[:-1]).any(1).sum())
+    assert found.moved == (1 + changes) / 120 < 0.1
+    assert "the chain hardly moves" in found.warnings[0]
+
+
 def test_particle_gibbs_refuses():
     diffusion, _ = chain(3)
 
@@ -545,6 +576,20 @@ def test_particle_gibbs_refuses():
     def discrete(x0: Tensor) -> None:
         k = pyro.sample("k", dist.Poisson(1.0))
         pyro.sample("y", dist.Normal(x0, 1 + k).to_event(1), obs=torch.zeros(1))
+
+    def moving(x0: Tensor) -> None:
+        top = pyro.sample("top", dist.HalfNormal(torch.ones((), dtype=F64)))
+        scale = pyro.sample("scale", dist.Uniform(torch.zeros(2, dtype=F64), top).to_event(1))
+        pyro.sample("y", dist.Normal(x0, scale[:1]).to_event(1), obs=torch.zeros(1))
+
+    def still(x0: Tensor) -> None:
+        scale = pyro.sample("scale", dist.Uniform(torch.zeros(2, dtype=F64), 1.0).to_event(1))
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3, dtype=F64)))
+        pyro.sample("y", dist.Normal(x0 * weights[0], scale[:1]).to_event(1), obs=torch.zeros(1))
+
+    with pytest.raises(ProgramError, match="the support of site 'scale' is another"):
+        particle_gibbs(diffusion, moving, 2)
+    assert particle_gibbs(diffusion, still, 2, particles=2).parameters["weights"].shape == (2, 3)
 
     def unknown(x0: Tensor) -> None:
         shift = pyro.sample("shift", dist.Normal(torch.zeros((), dtype=F64), 1.0))
@@ -771,5 +816,14 @@ def test_mistakes_of_operators():
         separable((1, 4, 4), torch.eye(4), torch.eye(3))
     with pytest.raises(ShapeError, match="odd"):
         blur((1, 4, 4), torch.ones(2))
+    for make in (
+        lambda: blur((4,), torch.ones(3)),
+        lambda: downsample((4,), 2),
+        lambda: separable((4,), *[torch.eye(4)] * 2),
+    ):
+        with pytest.raises(ShapeError, match=r"\[4\] are no images"):
+            make()
+    with pytest.raises(DataError, match="NaN"):
+        blur((1, 4, 4), torch.tensor([1.0, math.nan, 1.0]))
     with pytest.raises(OptionError, match="factor=3"):
         downsample((1, 4, 4), 3)

@@ -85,8 +85,8 @@ def bound(
 
     Raises:
         OptionError: a prior with ``law="flow"``, whose ``log_prob`` needs no bound; a guide that is an effect handler.
-        ProgramError: when run: a site of the model without an entry, of another diffusion, or observed; or a model run without
-            its guide.
+        ProgramError: when run: a site of the model without an entry, of another law or diffusion, or observed; or a model run
+            without its guide.
     """
     for name, prior in priors.items():
         if prior.law != "chain":
@@ -125,7 +125,7 @@ class FromGuide(ImproperUniform):
 # From the measure dx the divergence of q is minus its entropy. Where q has none in closed form, Pyro takes a draw's log-probability.
 for _family in (Normal, Gaussian, Independent, MultivariateNormal, LowRankMultivariateNormal):
     register_kl(_family, FromGuide)(lambda q, p: -q.entropy())
-register_kl(Delta, FromGuide)(lambda q, p: p.log_prob(q.v))
+register_kl(Delta, FromGuide)(lambda q, p: q.log_density + p.log_prob(q.v))  # a point that an autoguide drew elsewhere
 
 
 class Bounded(nn.Module):
@@ -171,6 +171,11 @@ class BoundModel(Handler):
     def _pyro_sample(self, msg: Any) -> None:
         name, prior = msg["name"], msg["fn"]
         if not isinstance(prior, DiffusionPrior) or prior.law != "chain":
+            if name in self.priors:
+                raise ProgramError(
+                    f"site {name!r} has a {type(prior).__name__} as its law, and not its prior itself: plates and poutine.mask "
+                    "around the site take the place of .to_event and .mask"
+                )
             return
         if name not in self.priors:
             raise ProgramError(

@@ -91,7 +91,7 @@ def particle_gibbs(
 
     Raises:
         OptionError: a number outside its range.
-        ProgramError: the program has nothing unknown, or a discrete unknown.
+        ProgramError: the program has nothing unknown, a discrete unknown, or one whose support depends on another.
         DataError: see :func:`~pyrodiff.inference.smc.smc`; the program's density is 0 where the chain starts.
     """
     if sweeps < 1 or particles < 2:
@@ -106,7 +106,7 @@ def particle_gibbs(
     like = next(diffusion.net.parameters(), torch.zeros(()))
     generator = torch.Generator().manual_seed(seed)
     with poutine.seed(rng_seed=seed % 2**32):
-        trace = poutine.trace(program).get_trace(like.new_zeros(1, *diffusion.event_shape))
+        trace, other = (poutine.trace(program).get_trace(like.new_zeros(1, *diffusion.event_shape)) for _ in range(2))
     sites = unobserved(trace)
     if not sites:
         raise ProgramError("the program has no unobserved site: nothing is unknown but x_0, take smc")
@@ -118,6 +118,13 @@ def particle_gibbs(
     transforms = {name: biject_to(site["fn"].support) for name, site in sites.items()}
     free = {name: transforms[name].inv(site["value"]).double() for name, site in sites.items()}
     shapes = {name: value.shape for name, value in free.items()}
+    for name, value in free.items():
+        u = value.to(sites[name]["value"])
+        if not torch.equal(biject_to(other.nodes[name]["fn"].support)(u), transforms[name](u)):
+            raise ProgramError(
+                f"the support of site {name!r} is another at each draw of the other unknowns: write it as a function of a site "
+                "whose support is fixed, such as a share of the interval"
+            )
 
     def constrained(flat: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Values by site, and the log of the transforms' Jacobian."""

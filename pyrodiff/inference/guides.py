@@ -12,7 +12,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .._tensor import check_event
+from .._tensor import append_dims, check_event
 from .prior import DiffusionPrior
 
 __all__ = ["DenoiserGuide"]
@@ -54,5 +54,6 @@ class DenoiserGuide(PyroModule):
         rough = self.estimate(*args, **kwargs)
         check_event("the estimate", rough, self.prior.event_shape)
         kernel = self.prior.diffusion.reverse_kernel
-        loc = kernel.denoise_at(self.log_snr.sigmoid().sqrt().to(rough) * rough, self.log_snr, **self.prior.cond)
+        log_snr = append_dims(self.log_snr, kernel.schedule.event_dim)
+        loc = kernel.denoise_at(self.log_snr.sigmoid().sqrt().to(rough) * rough, log_snr, **self.prior.cond)
         return {self.name: pyro.sample(self.name, Normal(loc, self.scale).to_event(self.prior.event_dim))}

@@ -29,7 +29,8 @@ def observation(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Likel
     Returns:
         A function of x_0, which raises
 
-        * ProgramError: a site that is not observed (condition it, or see :func:`~pyrodiff.inference.gibbs.particle_gibbs`);
+        * ProgramError: a site that is not observed (condition it, or see :func:`~pyrodiff.inference.gibbs.particle_gibbs`); a plate
+          that draws a subsample: an estimate of log p(y | x_0) is no weight;
         * ShapeError: a site whose log-probability is not one number per x_0, as it would be without ``.to_event``.
 
     Example:
@@ -52,7 +53,17 @@ def observation(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Likel
 
 
 def unobserved(trace: poutine.Trace) -> dict[str, Any]:
-    """The sites of a program's trace that are drawn."""
+    """The sites of a program's trace that are drawn.
+
+    Raises:
+        ProgramError: a plate draws a subsample.
+    """
+    for name, law in ((name, node["fn"]) for name, node in trace.nodes.items() if site_is_subsample(node)):
+        if law.subsample_size is not None and law.subsample_size < law.size:
+            raise ProgramError(
+                f"plate {name!r} draws {law.subsample_size} of {law.size} rows at every call: the exponential of an estimate of "
+                "log p(y | x_0) is not unbiased; take all rows, or fixed ones by subsample="
+            )
     return {name: trace.nodes[name] for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}
 
 

@@ -125,13 +125,17 @@ def separable(event_shape: Sequence[int], rows: Tensor, columns: Tensor) -> Line
 
     Raises:
         ShapeError: the matrices do not fit the event.
+        DataError: NaN or infinite values.
     """
     event_shape = torch.Size(event_shape)
-    if len(event_shape) < 2 or (rows.shape[1:], columns.shape[1:]) != (event_shape[-2:-1], event_shape[-1:]):
+    _sides(event_shape)
+    if (rows.shape[1:], columns.shape[1:]) != (event_shape[-2:-1], event_shape[-1:]):
         raise ShapeError(
             f"rows {list(rows.shape)} and columns {list(columns.shape)} do not map the last two dims of an event "
             f"{list(event_shape)}"
         )
+    if not (rows.isfinite().all() and columns.isfinite().all()):
+        raise DataError("rows or columns hold NaN or infinite values")
     (u1, s1, v1), (u2, s2, v2) = (torch.linalg.svd(a.double(), full_matrices=False) for a in (rows, columns))
     channels = event_shape[:-2]
     core = (*channels, len(s1), len(s2))
@@ -155,6 +159,7 @@ def blur(event_shape: Sequence[int], kernel: Tensor) -> LinearOperator:
 
     Raises:
         ShapeError: a kernel that has no middle; an event that is no image.
+        DataError: NaN or infinite values.
     """
     if kernel.dim() != 1 or len(kernel) % 2 == 0:
         raise ShapeError(f"kernel has shape {list(kernel.shape)}, not one odd length")
@@ -166,7 +171,7 @@ def blur(event_shape: Sequence[int], kernel: Tensor) -> LinearOperator:
             rows[i, i : i + len(kernel)] = kernel
         return rows[:, reach : reach + size]
 
-    return separable(event_shape, *(along(size) for size in tuple(event_shape)[-2:]))
+    return separable(event_shape, *(along(size) for size in _sides(event_shape)))
 
 
 def downsample(event_shape: Sequence[int], factor: int) -> LinearOperator:
@@ -176,11 +181,18 @@ def downsample(event_shape: Sequence[int], factor: int) -> LinearOperator:
         OptionError: a factor that does not divide both sides.
         ShapeError: an event that is no image.
     """
-    sides = tuple(event_shape)[-2:]
+    sides = _sides(event_shape)
     if factor < 1 or any(side % factor for side in sides):
         raise OptionError(f"factor={factor!r} does not divide the sides {list(sides)}")
     block = torch.full((1, factor), 1 / factor, dtype=torch.float64)
     return separable(event_shape, *(torch.kron(torch.eye(side // factor).double(), block) for side in sides))
+
+
+def _sides(event_shape: Sequence[int]) -> tuple[int, ...]:
+    """Height and width of an event's images."""
+    if len(event_shape) < 2:
+        raise ShapeError(f"events {list(event_shape)} are no images: two dims or more")
+    return tuple(event_shape)[-2:]
 
 
 @dataclass(frozen=True)

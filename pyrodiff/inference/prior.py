@@ -54,8 +54,11 @@ class DiffusionPrior(TorchDistribution):
     Args:
         diffusion: the model; :meth:`~pyrodiff.GaussianDiffusion.respace` it for a chain of fewer steps.
         law: ``"chain"`` or ``"flow"``: see the module's text.
-        frozen: the network is evaluated as it is (its values are shared with ``diffusion``), in evaluation mode; nothing is
-            registered with Pyro and no parameter gets a gradient. False: the parameters are the model's to learn.
+        frozen: the network is evaluated as it is (its parameters share memory with those of ``diffusion``, until that is moved or
+            cast: do it before), in evaluation mode; nothing is registered with Pyro and no parameter gets a gradient. False:
+            the parameters are the model's to learn: those of ``"chain"`` are registered by ``bound``, those of ``"flow"`` by
+            ``pyro.module("prior", prior.diffusion)`` in the program, without which ``SVI`` does not know them. Training mode
+            is that of ``prior.diffusion``.
         probes: of ``"flow"``. None: the exact divergence, D backward passes for a network call. R: Hutchinson's estimate by R
             vectors of signs, the same for every x, example and call: a deterministic function still, but one whose
             exponential does not integrate to 1.
@@ -228,7 +231,8 @@ class FlowReparam(Reparam):
         if msg["is_observed"]:
             raise ProgramError(f"site {name!r} is observed: its noise has no density of its own; leave it as it is")
         start = None if value is None else prior.encode(value)
-        x_T = pyro.sample(f"{name}_T", prior.noise, obs=start, infer={"is_observed": False})
+        noise = prior.noise.to_event(event_dim - prior.event_dim)  # batch dims that the site has made event dims
+        x_T = pyro.sample(f"{name}_T", noise, obs=start, infer={"is_observed": False})
         x = prior.decode(x_T) if value is None else value
         return {"fn": Delta(x, event_dim=event_dim).mask(False), "value": x, "is_observed": True}
 

@@ -62,7 +62,7 @@ class StepsBias:
         return Estimate.of(self.gap)
 
     def __str__(self) -> str:
-        relative = (self.shift / self.scale).abs().flatten()
+        relative = (self.shift / self.scale).abs().flatten().nan_to_num(0.0)  # 0 of an element that does not vary
         worst = int(relative.argmax())
         se = (self.shift_se / self.scale).flatten()[worst]
         return (
@@ -93,12 +93,14 @@ def steps_bias(
         batch_size: rows of a network call.
 
     Raises:
-        OptionError: continuous time, where nothing is lost; fewer than two steps; a schedule per element or
+        OptionError: ``law="flow"``; continuous time, where nothing is lost; fewer than two steps; a schedule per element or
             ``prediction="previous"``, which have no bound of continuous time.
         ShapeError: fewer than two draws.
     """
     diffusion, schedule = prior.diffusion, prior.diffusion.schedule
     check_event("x", x, prior.event_shape)
+    if prior.law != "chain":
+        raise OptionError(f"law={prior.law!r} has a density and no bound: steps_bias is of a chain's")
     if schedule.continuous or diffusion.steps < 2 or schedule.event_dim:
         raise OptionError(
             f"schedule of {diffusion.steps} steps with event_dim={schedule.event_dim!r}: a number of steps, 2 or more, and one "
