@@ -3,6 +3,7 @@
     python benchmarks/posterior.py                     # three cells, a few problems each: about a minute
     python benchmarks/posterior.py --all --problems 20 --steps 1000
     python benchmarks/posterior.py --gaussian          # data N(0, 1) along 1000 steps, y = 1, noise variance 1/4
+    python benchmarks/posterior.py --guidance          # every kind of guidance with and without weights, a mixture of two in 2-d
 
 The task is that of Monte Carlo guided Diffusion (Cardoso et al., 2023, https://arxiv.org/abs/2308.07983), with equal weights of the
 components and a noise of known size. Of each method: the mean over 100 random directions of the 1-d Wasserstein distance between
@@ -20,10 +21,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch import distributions as dist
 
-from pyrodiff import GaussianDiffusion, TableSchedule
-from pyrodiff.inference.guidance import guided, mmps, pigdm
-from pyrodiff.inference.operators import LinearGaussian, matrix
+from pyrodiff import GaussianDiffusion, NoisyClassifier, TableSchedule
+from pyrodiff.inference.guidance import class_label, guided, mmps, pigdm, repaint
+from pyrodiff.inference.operators import LinearGaussian, mask, matrix
 from pyrodiff.inference.smc import Posterior, smc
 
 CELLS = [(noise, d, d_y) for noise in (0.01, 0.1, 1.0) for d in (8, 80) for d_y in (1, 2, 4)]
@@ -146,7 +148,12 @@ def gaussian(arguments: argparse.Namespace) -> None:
     log_z = -0.5 * math.log(2 * math.pi * 1.25) - 0.4
     print("| method | mean | variance | error of log p(y) | families | s |\n|---|---|---|---|---|---|")
     torch.manual_seed(0)
-    for name, run in methods(diffusion, seen, arguments.particles, 1000, 1.0).items():
+    n, batch = arguments.particles, {"batch_size": arguments.particles}
+    rows = methods(diffusion, seen, n, 1000, 1.0) | {
+        "DPS, eta = 0": lambda: guided(diffusion, seen, n, eta=0.0, seed=0, **batch),
+        "replacement": lambda: smc(diffusion, seen, n, proposal="replacement", seed=0, **batch),
+    }
+    for name, run in rows.items():
         found = run()
         mean = float(found.mean())
         variance = float(found.mean(lambda x: x**2)) - mean**2
@@ -154,6 +161,97 @@ def gaussian(arguments: argparse.Namespace) -> None:
             " | " if found.no_evidence else f"{float(found.log_evidence) - log_z:.3f} | {float(found.families):.0f}"
         )
         print(f"| {name} | {mean:.3f} | {variance:.3f} | {evidence} | {found.seconds:.1f} |", flush=True)
+
+
+class Parts(nn.Module):
+    """Logits of the parts of 0.3 N(-0.8, 0.1) + 0.7 N(0.6, 0.1), each in two dims, given x_t."""
+
+    means, variance = torch.tensor([-0.8, 0.6]), 0.1
+
+    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        ab = log_snr.sigmoid()[:, None]
+        squares = (x[:, None] - (ab.sqrt() * self.means)[..., None]).square().sum(2)
+        return torch.tensor([0.3, 0.7]).log() - squares / (2 * (ab * self.variance + 1 - ab))
+
+
+class Two(nn.Module):
+    """E[x_0 | x_t, part y] of the same, and of y = 2 that of both parts."""
+
+    null_cond = {"y": 2}  # noqa: RUF012
+
+    def forward(self, x: Tensor, log_snr: Tensor, y: Tensor) -> Tensor:
+        ab, m, y = log_snr.sigmoid()[:, None], Parts.means, y[..., None]
+        other = (torch.arange(2) != y) & (y != 2)
+        share = Parts()(x, log_snr).masked_fill(other, -math.inf).softmax(1)
+        gain = ab.sqrt() * Parts.variance / (ab * Parts.variance + 1 - ab)
+        return gain * x + (share @ m)[:, None] * (1 - gain * ab.sqrt())
+
+
+def guidance(arguments: argparse.Namespace) -> None:
+    """Of x_0 = (u, v): the mean of v and the share of the first part, given u or the part; its exact values first."""
+    schedule, n = TableSchedule(torch.linspace(1e-4, 0.02, 1000).double()), arguments.particles
+    diffusion = GaussianDiffusion(Two(), schedule, (2,), "x0", variance=arguments.variance)
+    classifier, first = (
+        NoisyClassifier(Parts(), schedule, (2,)),
+        dist.Normal(Parts.means, (Parts.variance + 0.01) ** 0.5),
+    )
+    seen = LinearGaussian(mask(torch.tensor([True, False])), torch.tensor([-0.15]), 0.1)
+    parts = torch.tensor([0.3, 0.7]).log() + first.log_prob(seen.y)
+    options = {"steps": arguments.steps, "batch_size": n, "seed": 0}
+    u = {"log_likelihood": seen, "y": 2, **options}
+    label, twist = class_label(classifier, 0)
+    of_label = {"log_likelihood": label, "twist": twist, "y": 2, **options}
+    free = {"log_likelihood": lambda x0: x0.new_zeros(len(x0)), "proposal": "bootstrap", "guidance_scale": 3.0, "y": 0}
+    free |= options
+    told = {"twist": pigdm(seen, 0.7)}
+    problems = {
+        "u = -0.15 ± 0.1": (
+            parts,
+            {
+                "DPS": lambda: guided(diffusion, n=n, **u),
+                "DPS, eta = 0": lambda: guided(diffusion, n=n, eta=0.0, **u),
+                "PiGDM": lambda: guided(diffusion, n=n, **told, **u),
+                "MMPS": lambda: guided(diffusion, n=n, twist=mmps(seen), **u),
+                "replacement, no weights": lambda: repaint(diffusion, seen, n, times=1, y=2, **options),
+                "RePaint": lambda: repaint(diffusion, seen, n, y=2, **options),
+                "smc, bootstrap": lambda: smc(diffusion, particles=n, proposal="bootstrap", **u),
+                "smc, twisted": lambda: smc(diffusion, particles=n, **u),
+                "smc, twisted, pigdm": lambda: smc(diffusion, particles=n, **told, **u),
+                "smc, twisted, mmps": lambda: smc(diffusion, particles=n, twist=mmps(seen), **u),
+                "smc, mcgdiff": lambda: smc(diffusion, particles=n, proposal="mcgdiff", data_std=0.7, **u),
+                "smc, replacement": lambda: smc(diffusion, particles=n, proposal="replacement", data_std=0.7, **u),
+            },
+        ),
+        "part 1": (
+            torch.tensor([0.3, 0.0]).log(),
+            {
+                "classifier": lambda: guided(diffusion, n=n, **of_label),
+                "smc, classifier": lambda: smc(diffusion, particles=n, **of_label),
+            },
+        ),
+        "nothing, chain of part 1": (
+            torch.tensor([1.0, 0.0]).log(),
+            {
+                "classifier-free, 3": lambda: guided(diffusion, n=n, **free),
+                "smc, classifier-free, 3": lambda: smc(diffusion, particles=n, **free),
+            },
+        ),
+    }
+    print("| observed | method | mean of v | variance of v | error of log p | effective | families | k-hat |")
+    print("|---|---|---|---|---|---|---|---|")
+    for observed, (log_w, rows) in problems.items():
+        mean = float(log_w.softmax(0) @ Parts.means)
+        spread = Parts.variance + float(log_w.softmax(0) @ (Parts.means - mean).square())
+        print(f"| {observed} | exact | {mean:.3f} | {spread:.3f} | | | | |")
+        for name, run in rows.items():
+            found = run()
+            v, square = float(found.mean()[1]), float(found.mean(lambda x: x[:, 1] ** 2))
+            signs = " | | | "
+            if not found.no_evidence:
+                error = float(found.log_evidence) - float(torch.logsumexp(log_w, 0))
+                k = float(found.pareto_k.nan_to_num(-math.inf).max())
+                signs = f"{error:.3f} | {float(found.ess[0, -1]):.0f} | {float(found.families):.0f} | {k:.2f}"
+            print(f"| | {name} | {v:.3f} | {square - v**2:.3f} | {signs} |", flush=True)
 
 
 def main() -> None:
@@ -164,7 +262,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of the chain's 1000")
     parser.add_argument("--variance", default="fixed_large")
     parser.add_argument("--gaussian", action="store_true", help="the Gaussian, in the mixture's place")
+    parser.add_argument("--guidance", action="store_true", help="every kind of guidance, in the mixture's place")
     arguments = parser.parse_args()
+    if arguments.guidance:
+        guidance(arguments)
+        return
     if arguments.gaussian:
         gaussian(arguments)
         return

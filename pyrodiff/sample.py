@@ -95,7 +95,7 @@ class Guided:
 
     def __call__(self, x_t: Tensor, t: int, **cond: Any) -> TorchDistribution:
         """The law of x_{t-1}; to its mean a classifier adds variance times gradient (0 for ``"fixed_small"`` at t = 1)."""
-        law = self.kernel.law(self._predict(x_t, t, cond), x_t, t)
+        law = self.kernel.law(self.predictions(x_t, t, cond)[1], x_t, t)
         gradient = self._gradient(x_t, t)
         if gradient is None:
             return law
@@ -105,23 +105,25 @@ class Guided:
 
     def denoise(self, x_t: Tensor, t: int, **cond: Any) -> Tensor:
         """The estimate of x_0 from a score to which a classifier's gradient is added (by Tweedie's formula)."""
-        x0_hat = self.kernel.clipped(self._predict(x_t, t, cond).x0_hat)
+        x0_hat = self.kernel.clipped(self.predictions(x_t, t, cond)[1].x0_hat)
         gradient = self._gradient(x_t, t)
         if gradient is None:
             return x0_hat
         alpha, sigma = _scales(self.forward_process, x_t, t)
         return x0_hat + (sigma**2 / alpha).to(x0_hat) * gradient
 
-    def _predict(self, x_t: Tensor, t: int, cond: dict[str, Any]) -> Prediction:
+    def predictions(self, x_t: Tensor, t: int, cond: dict[str, Any]) -> tuple[Prediction, Prediction]:
+        """What the network says given ``cond``, and what classifier-free guidance makes of it: one call or, guided, two."""
         if self.scale == 1:
-            return self.kernel.predict(x_t, t, **cond)
+            given = self.kernel.predict(x_t, t, **cond)
+            return given, given
         if missing := [name for name in self.null if name not in cond]:
             raise OptionError(f"guidance_scale={self.scale!r} guides towards {missing[0]}, which is not given")
         null = {name: torch.as_tensor(value).to(cond[name]).expand_as(cond[name]) for name, value in self.null.items()}
         # Every coordinate is affine in x0_hat with what both calls share: guiding eps or v is the same.
         given, free = self.kernel.predict(x_t, t, **cond), self.kernel.predict(x_t, t, **(cond | null))
         mean = None if given.mean is None or free.mean is None else torch.lerp(free.mean, given.mean, self.scale)
-        return given._replace(x0_hat=torch.lerp(free.x0_hat, given.x0_hat, self.scale), mean=mean)
+        return given, given._replace(x0_hat=torch.lerp(free.x0_hat, given.x0_hat, self.scale), mean=mean)
 
     def _gradient(self, x_t: Tensor, t: int) -> Tensor | None:
         if self.classifier is None:

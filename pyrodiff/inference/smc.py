@@ -36,7 +36,7 @@ from ..diffusion import GaussianDiffusion
 from ..errors import DataError, OptionError, ProgramError, ShapeError, check_option
 from ..likelihood.importance import effective_chains, pareto_k
 from .operators import LinearGaussian
-from .proposals import PROPOSALS, Bootstrap, Likelihood, Look, Twist
+from .proposals import PROPOSALS, Bootstrap, Likelihood, Look, MCGDiff, Twist
 from .resampling import RESAMPLING, Resampling
 
 __all__ = ["Evidence", "Posterior", "Source", "Walk", "prepare", "smc", "walk"]
@@ -160,6 +160,7 @@ def smc(
     proposal: str = "twisted",
     twist: Twist | None = None,
     data_std: float | None = None,
+    guidance_scale: float | None = None,
     resampling: str = "systematic",
     threshold: float = 0.5,
     steps: str | int | Sequence[int] | None = None,
@@ -180,10 +181,14 @@ def smc(
             :func:`~pyrodiff.inference.observe.observation` makes of a Pyro program, or a
             :class:`~pyrodiff.inference.operators.LinearGaussian`.
         particles: N.
-        proposal: ``"bootstrap"``; ``"twisted"`` (TDS), for a differentiable likelihood; ``"mcgdiff"``, for a ``LinearGaussian``.
+        proposal: ``"bootstrap"``; ``"twisted"`` (TDS), for a differentiable likelihood; ``"mcgdiff"`` or ``"replacement"``, for a
+            ``LinearGaussian``.
         twist: of ``"twisted"``, ``twist(x_t, x0_hat, log_snr)``, the log of a guess of p(y | x_t); None: the likelihood at
             x0_hat; :mod:`~pyrodiff.inference.guidance` has better ones for linear observations.
-        data_std: of ``"mcgdiff"``: the data's standard deviation about 0, from which its twist is; None: infinite, the paper's.
+        data_std: of ``"mcgdiff"`` and ``"replacement"``: the data's standard deviation about 0, from which their twist is; None:
+            infinite (the paper's), and 1.
+        guidance_scale: of ``"bootstrap"`` and ``"twisted"``: moves as classifier-free guidance of this scale has them, two network
+            calls each. The target is the chain given ``cond`` for every scale; None: 1, its own moves.
         resampling: ``"multinomial"``, ``"residual"``, ``"stratified"`` or ``"systematic"``.
         threshold: resample where fewer than this share of the weights is effective; 0 never, 1 at (nearly) every step.
         steps: a respacing (see :meth:`~pyrodiff.schedules.Schedule.respace`), whose chain is another prior; None: all T.
@@ -205,7 +210,7 @@ def smc(
     if not 0 <= threshold <= 1:
         raise OptionError(f"threshold={threshold!r} is not in [0, 1]")
     started = time.perf_counter()
-    options = {name: value for name, value in (("twist", twist), ("data_std", data_std)) if value is not None}
+    options = {"twist": twist, "data_std": data_std, "guidance_scale": guidance_scale}
     moves, source = prepare(
         diffusion, log_likelihood, particles, proposal, options, steps, seed, repeats, batch_size, cond
     )
@@ -217,7 +222,7 @@ def smc(
         ess=found.ess,
         pareto_k=found.pareto_k,
         families=found.families,
-        network_evaluations=repeats * particles * moves.kernel.schedule.length,
+        network_evaluations=repeats * particles * moves.kernel.schedule.length * moves.calls,
         seconds=time.perf_counter() - started,
         warnings=tuple(_cautions(found, particles)),
     )
@@ -237,6 +242,7 @@ def prepare(
 ) -> tuple[Bootstrap, Source]:
     """Arguments of :func:`smc`, checked: the proposal, and where noise comes from."""
     check_option("proposal", proposal, PROPOSALS)
+    options = {name: value for name, value in options.items() if value is not None}
     for name in options.keys() - {*PROPOSALS[proposal].OPTIONS}:
         raise OptionError(f"{name} is no option of proposal={proposal!r}")
     for name, number in (("particles", particles), ("repeats", repeats), ("batch_size", batch_size)):
@@ -250,9 +256,10 @@ def prepare(
             raise ShapeError(
                 f"the operator is of events {list(log_likelihood.operator.event_shape)}, not {list(diffusion.event_shape)}"
             )
-        if not log_likelihood.noise_std and proposal != "mcgdiff":
+        if not log_likelihood.noise_std and not issubclass(PROPOSALS[proposal], MCGDiff):
             raise OptionError(
-                f'noise_std=0: given x_0, y has no density to weight by; proposal={proposal!r} takes one: take "mcgdiff"'
+                f"noise_std=0: given x_0, y has no density to weight by; proposal={proposal!r} takes one: take "
+                '"mcgdiff" or "replacement"'
             )
     cond = {
         k: torch.as_tensor(v, device=like.device) if isinstance(v, int | float | Sequence | Tensor) else v
