@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-modes lint format typecheck gpu bench clean
+.PHONY: help demo docs test test-fast test-modes lint format typecheck gpu bench clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
@@ -46,11 +46,17 @@ endef
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(call install,demo)
 
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(call install,docs)
+
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(call install,test)
 
 demo: $(VENV)/.installed-demo  ## train on 8x8 digits, print bits per dimension, draw samples (minutes, on a CPU)
 	$(VENV)/bin/pyrodiff train digits
+
+docs: $(if $(PREPARED),$(VENV)/.installed-docs)  ## the documentation, every notebook executed; warnings are errors: docs/_build/html/index.html
+	$(PY) -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
 test: $(PREPARED)  ## the whole suite (tests that need CUDA skip themselves where there is none)
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)

@@ -1,10 +1,10 @@
 """A model in any of three formats, and from each to the others.
 
-==================  ==============================================================================
-``pyrodiff``        a run's folder, or a ``model.safetensors``
-``diffusers``       a folder with ``config.json`` (``UNet2DModel``), weights and scheduler, or a pipeline's
+====================  ==============================================================================
+``pyrodiff``          a run's folder, or a ``model.safetensors``
+``diffusers``         a folder with ``config.json`` (``UNet2DModel``), weights and scheduler, or a pipeline's
 ``guided-diffusion``  a state dict ``.pt`` of guided- or improved-diffusion, and a card: the flags of its scripts
-==================  ==============================================================================
+====================  ==============================================================================
 """
 
 from __future__ import annotations

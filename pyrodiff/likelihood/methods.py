@@ -34,19 +34,19 @@ def log_likelihood(
 ) -> LogLikelihood:
     """Estimate log p(x_0) of each example, or a bound on it: nats, bits per dim, standard errors, evaluations and time.
 
-    ============ ======================================================= ==========================
+    ============ ======================================================= ==============================
     method       estimates                                               options
-    ============ ======================================================= ==========================
+    ============ ======================================================= ==============================
     ``"elbo"``   the ELBO of the chain (:func:`lower_bound`)             ``timesteps``, ``kl``
     ``"iwae"``   its importance-weighted bound                           ``chains``, ``alpha``
                  (:mod:`~pyrodiff.likelihood.importance`)
-    ``"ode"``    the density of the probability flow, another        ``dequantisation``,
+    ``"ode"``    the density of the probability flow, another            ``dequantisation``,
                  model, or a bound on its probability of a bin           ``samples``, ``probes``,
                  (:mod:`~pyrodiff.likelihood.dequantise`)                ``solver``, ``solver_steps``,
                                                                          ``tolerance``
     ``"immse"``  the integral of the denoising error over log-SNR        ``points``, ``pilot``
                  (:mod:`~pyrodiff.likelihood.information`)
-    ============ ======================================================= ==========================
+    ============ ======================================================= ==============================
 
     Args:
         diffusion: the model; its network runs in evaluation mode, without gradients.

@@ -1,0 +1,51 @@
+"""The documentation's sources: pages, links, and Python that no other test runs. (`make docs` executes the course.)"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(page.relative_to(DOCS) for page in DOCS.rglob("*.md") if "_build" not in page.parts)
+RUN = ["from_pytorch.md", "from_a_pyro_vae.md"]  # whose blocks no other test runs
+
+
+def cells(page: Path) -> list[str]:
+    return re.findall(
+        r"```\{code-cell\} ipython3\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+
+
+def test_every_page_is_in_one_table_of_contents():
+    listed = ["index"]
+    for page in PAGES:
+        for toctree in re.findall(
+            r"```\{toctree\}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL
+        ):
+            entries = [line for line in toctree.split("\n") if line and not line.startswith(":")]
+            listed += [(page.parent / entry).as_posix() for entry in entries]
+    assert sorted(listed) == sorted(page.with_suffix("").as_posix() for page in PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_to_files(page):
+    text = re.sub(r"```.*?```", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?:path:)?([^)\s#]+)(?:#[^)\s]*)?\)", text):
+        if "://" not in target:
+            assert (DOCS / page.parent / target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parts[0] == "course"], ids=str)
+def test_pictures_of_the_course_say_what_to_see(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    pictures = [m.end() for m in re.finditer(r"plt\.show\(\)\n```\n\n", text)]
+    assert all(text[end:].startswith("*What to see:") for end in pictures)
+    for cell in cells(page):
+        compile(cell.replace(":tags: [hide-input]", ""), str(page), "exec")
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_the_python_of_a_page_runs(page):
+    scope: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(compile(block, page, "exec"), scope)
