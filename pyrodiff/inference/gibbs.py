@@ -119,8 +119,8 @@ def particle_gibbs(
     free = {name: transforms[name].inv(site["value"]).double() for name, site in sites.items()}
     shapes = {name: value.shape for name, value in free.items()}
     for name, value in free.items():
-        u = value.to(sites[name]["value"])
-        if not torch.equal(biject_to(other.nodes[name]["fn"].support)(u), transforms[name](u)):
+        u, law = value.to(sites[name]["value"]), unobserved(other)[name]["fn"]
+        if not torch.equal(biject_to(law.support)(u), transforms[name](u)):
             raise ProgramError(
                 f"the support of site {name!r} is another at each draw of the other unknowns: write it as a function of a site "
                 "whose support is fixed, such as a share of the interval"

@@ -58,7 +58,8 @@ def unobserved(trace: poutine.Trace) -> dict[str, Any]:
     Raises:
         ProgramError: a plate draws a subsample.
     """
-    for name, law in ((name, node["fn"]) for name, node in trace.nodes.items() if site_is_subsample(node)):
+    plates: dict[str, Any] = {name: node["fn"] for name, node in trace.nodes.items() if site_is_subsample(node)}
+    for name, law in plates.items():
         if law.subsample_size is not None and law.subsample_size < law.size:
             raise ProgramError(
                 f"plate {name!r} draws {law.subsample_size} of {law.size} rows at every call: the exponential of an estimate of "
