@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .elbo import KLS, BitsPerDim, ELBOTerms, Estimate, bits_per_dim
 from .errors import OptionError, ProgramError, ShapeError, check_option
+from .inference.calibration import Calibration, band
 from .inference.smc import HEAVY, Posterior
 from .inference_data import replaced
 from .schedules import Schedule
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "calibration",
     "denoising",
     "elbo_by_timestep",
     "estimators",
@@ -952,3 +954,49 @@ def _running_median(values: list[float], width: int) -> list[float]:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+# ---------------------------------------------------------------------- calibration
+
+
+def calibration(result: Calibration, alpha: float = 0.05) -> Figure:
+    """How much more often than it should the rank of the truth is below a share of the draws, with the limits for all shares at once.
+
+    The right posterior's line leaves the grey band with probability ``alpha`` at most, each quantity's by itself. Posteriors too
+    narrow make an S that starts above 0, too wide ones its mirror image; a shift makes one bow. Drawn in colour, and named: the
+    quantities that leave it, seven at most.
+
+    Args:
+        result: what :func:`~pyrodiff.inference.calibration.sbc` or :func:`~pyrodiff.inference.calibration.tarp` returned.
+        alpha: the band's false-alarm rate.
+
+    Raises:
+        OptionError: ``alpha`` is not in (0, 1), or matplotlib is not installed.
+    """
+    low, high = band(len(result.ranks), result.draws, alpha)
+    share = torch.linspace(0, 1, result.draws + 2, dtype=torch.float64)
+    figure = _figure(4.2, 3.2)
+    axes = figure.subplots()
+    axes.fill_between(
+        share, low - share, high - share, color="0.88", linewidth=0, label=f"within, but for {100 * alpha:g} %"
+    )
+    difference = result.coverage.cpu() - share
+    worst = result.p_values.argsort().tolist()
+    named = [i for i in worst if float(result.p_values[i]) <= alpha][: len(_PALETTE)]
+    for i in reversed(worst):
+        style: dict[str, Any] = {"color": "0.55", "linewidth": 0.8}
+        if i in named:
+            colour = _PALETTE[named.index(i)]
+            style = {
+                "color": colour,
+                "linewidth": 1.4,
+                "label": f"{result.names[i]}, p = {float(result.p_values[i]):.2g}",
+            }
+        axes.plot(share, difference[i], **style)
+    axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    axes.set(xlabel="share of the draws", ylabel="coverage less the share")
+    axes.set_title(f"{result.test}: {len(result.ranks):,} simulations, p = {result.p_value:.2g}")
+    handles, names = axes.get_legend_handles_labels()
+    axes.legend([handles[0], *handles[:0:-1]], [names[0], *names[:0:-1]], frameon=False)
+    _plain(axes)
+    return figure
