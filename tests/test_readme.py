@@ -18,7 +18,7 @@ def blocks(page: Path = README):
 
 def test_the_readme_runs(capsys):
     code = blocks()
-    assert len(code) == 4
+    assert len(code) == 5
     scope = {}
     for block in code:
         exec(compile(block, str(README), "exec"), scope)
@@ -27,6 +27,8 @@ def test_the_readme_runs(capsys):
     assert scope["draws"].shape == (3, 1, 1, 8, 8)
     assert scope["sevens"].shape == (2, 1, 8, 8)
     assert scope["best"].efficiency.iloc[0] >= scope["best"].efficiency.iloc[1] > 0
+    assert scope["posterior"].particles.shape == (2, 50, 1, 8, 8)
+    assert scope["loss"] == scope["loss"]  # no nan
     names = [n for n, s in scope["trace"].nodes.items() if n.startswith("x_")]
     assert names == [f"x_{t}" for t in range(10, 0, -1)]
 
