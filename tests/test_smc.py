@@ -567,6 +567,98 @@ def test_a_chain_that_hardly_moves_is_told():
     assert "the chain hardly moves" in found.warnings[0]
 
 
+def louder(factor: float):
+    """y_j = gain x_j + sigma e_j for six dims with both unknown, and a twist that takes the noise to be ``factor`` times sigma."""
+    y = torch.tensor([0.8, -0.3, 0.6, 0.2, 1.1, 0.1], dtype=F64)
+    laws = {
+        "gain": dist.LogNormal(torch.zeros((), dtype=F64), 0.15),
+        "sigma": dist.LogNormal(torch.full((), math.log(0.3), dtype=F64), 0.4),
+    }
+
+    def seen(parameters: dict[str, Tensor], factor: float = 1.0) -> LinearGaussian:
+        return LinearGaussian(
+            matrix(parameters["gain"] * torch.eye(6, dtype=F64)), y, factor * float(parameters["sigma"])
+        )
+
+    def program(x0: Tensor) -> None:
+        pyro.factor("y", seen({name: pyro.sample(name, law) for name, law in laws.items()})(x0))
+
+    return y, laws, program, lambda parameters: pigdm(seen(parameters, factor), 0.7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_particle_gibbs_with_a_twist_of_the_parameters(factor: float):
+    """Noise and operator by quadrature; a twist that takes the noise to be another is as right."""
+    diffusion, closed = chain(3, dims=6)
+    y, laws, program, twist = louder(factor)
+    mu, V = closed.marginal()
+    gain = torch.linspace(0.4, 2.2, 301, dtype=F64)[:, None]
+    sigma = torch.linspace(0.02, 2.4, 500, dtype=F64)[None]
+    log_p = laws["gain"].log_prob(gain) + laws["sigma"].log_prob(sigma)
+    log_p = log_p + dist.Normal(gain * mu, (gain**2 * V + sigma**2).sqrt()).log_prob(y[:, None, None]).sum(0)
+    p = log_p.flatten().softmax(0).view_as(log_p)
+    x_mean = float((p * (mu + gain * V / (gain**2 * V + sigma**2) * (y[4] - gain * mu))).sum())
+    found = particle_gibbs(diffusion, program, 1050, particles=8, twist=twist, seed=0)
+    kept = {name: value[50:] for name, value in found.parameters.items()}
+    for values, exact in (
+        (kept["gain"], float((p * gain).sum())),
+        (kept["gain"] ** 2, float((p * gain**2).sum())),
+        (kept["sigma"], float((p * sigma).sum())),
+        (kept["sigma"] ** 2, float((p * sigma**2).sum())),
+        (kept["gain"] * kept["sigma"], float((p * gain * sigma).sum())),
+        (found.x0[50:, 4], x_mean),
+    ):
+        batches = values.view(20, 50).mean(1)  # batch means tell the error of dependent draws
+        error = float(batches.std()) / math.sqrt(20)
+        assert error < 0.2 * float(values.std())
+        assert float(values.mean()) == pytest.approx(exact, abs=FALSE_ALARM * error)
+    assert found.moved > 0.3 and not found.warnings
+
+
+def test_the_twist_is_of_the_same_sweeps_parameters():
+    diffusion, _ = chain(3, dims=6)
+    _, _, program, twist = louder(1.0)
+    told = []
+
+    def at_x0_hat(parameters: dict[str, Tensor]):
+        told.append(parameters)
+        likelihood = observation(pyro.poutine.condition(program, data=parameters))
+        return lambda x_t, x0_hat, log_snr: likelihood(x0_hat)
+
+    default, same, other = (
+        particle_gibbs(diffusion, program, 6, particles=8, twist=own, seed=3) for own in (None, at_x0_hat, twist)
+    )
+    assert torch.equal(default.x0, same.x0) and not torch.equal(default.x0, other.x0)
+    for name, values in same.parameters.items():
+        assert torch.equal(values, torch.stack([parameters[name] for parameters in told]))
+    assert other.network_evaluations == default.network_evaluations == 6 * 8 * 3
+    with pytest.raises(OptionError, match="twist is no option"):
+        particle_gibbs(diffusion, program, 2, proposal="bootstrap", twist=twist)
+
+
+def test_a_twist_starts_where_the_likelihood_at_x0_hat_diverges():
+    """Noise of 0.05, twenty steps: the first draw, in standard deviations of p(x_0 | y, sigma)."""
+    diffusion, closed = chain(20, dims=6)
+    y, *_ = louder(1.0)
+    mu, V = closed.marginal()
+
+    def seen(sigma: Tensor) -> LinearGaussian:
+        return LinearGaussian(matrix(torch.eye(6, dtype=F64)), y, float(sigma))
+
+    def program(x0: Tensor) -> None:
+        sigma = pyro.sample("sigma", dist.LogNormal(torch.full((), math.log(0.05), dtype=F64), 0.1))
+        pyro.factor("y", seen(sigma)(x0))
+
+    def distance(twist) -> float:
+        found = particle_gibbs(diffusion, program, 1, particles=8, twist=twist, seed=0)
+        noise = found.parameters["sigma"] ** 2
+        error = found.x0 - mu - V / (V + noise) * (y - mu)
+        return float((error / (V * noise / (V + noise)).sqrt()).square().mean().sqrt())
+
+    assert distance(lambda parameters: pigdm(seen(parameters["sigma"]), 0.7)) < 2 < 1000 < distance(None)
+
+
 def test_particle_gibbs_refuses():
     diffusion, _ = chain(3)
 

@@ -7,6 +7,9 @@ A sweep draws, in turn, from two kernels that leave :math:`p(x_{0:T}, \theta \mi
 2. the chain given :math:`\theta`, by conditional SMC: one particle follows the last sweep's chain, the others are free, and one
    of all is drawn by the final weights.
 
+The second kernel takes any twist that is a function of :math:`\theta` (and of x_t): given :math:`\theta` it is the same at every step
+and for every particle, the one that follows the last chain included.
+
 References:
     Particle Markov chain Monte Carlo methods (Andrieu, Doucet and Holenstein, 2010), sections 2.4.3 and 4.3.
     https://doi.org/10.1111/j.1467-9868.2009.00736.x
@@ -30,6 +33,7 @@ from tqdm.auto import tqdm
 from ..diffusion import GaussianDiffusion
 from ..errors import DataError, OptionError, ProgramError
 from .observe import observation, unobserved
+from .proposals import Twist
 from .resampling import multinomial
 from .smc import prepare, walk
 
@@ -67,6 +71,7 @@ def particle_gibbs(
     *,
     particles: int = 32,
     proposal: str = "twisted",
+    twist: Callable[[dict[str, Tensor]], Twist] | None = None,
     threshold: float = 0.5,
     steps: str | int | Sequence[int] | None = None,
     seed: int | None = None,
@@ -83,6 +88,9 @@ def particle_gibbs(
         sweeps: S.
         particles: N of conditional SMC, 2 or more; the more, the less a draw depends on the one before.
         proposal: ``"twisted"`` or ``"bootstrap"``.
+        twist: of ``"twisted"``, made anew in every sweep: ``twist(parameters)``, where ``parameters`` has the unobserved sites'
+            values by name, returns what :func:`~pyrodiff.inference.smc.smc` takes. It may depend on them and on what is known,
+            on no earlier sweep. None: the likelihood at x0_hat, which overshoots where the noise is small.
         threshold, steps, batch_size, progress, cond: of :func:`~pyrodiff.inference.smc.smc`.
         seed: None: drawn from torch's generator.
 
@@ -90,9 +98,17 @@ def particle_gibbs(
         The chain.
 
     Raises:
-        OptionError: a number outside its range.
+        OptionError: a number outside its range; a twist of ``"bootstrap"``.
         ProgramError: the program has nothing unknown, a discrete unknown, or one whose support depends on another.
         DataError: see :func:`~pyrodiff.inference.smc.smc`; the program's density is 0 where the chain starts.
+
+    Example:
+        >>> def program(x0):
+        ...     sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+        ...     pyro.factor("y", LinearGaussian(operator, y, float(sigma))(x0))
+        >>> def twist(parameters):
+        ...     return pigdm(LinearGaussian(operator, y, float(parameters["sigma"])))
+        >>> found = particle_gibbs(diffusion, program, 1000, twist=twist)
     """
     if sweeps < 1 or particles < 2:
         raise OptionError(f"sweeps={sweeps!r} is not at least 1, or particles={particles!r} not at least 2")
@@ -155,7 +171,10 @@ def particle_gibbs(
         given, _volume = constrained(state)
         likelihood = observation(poutine.block(poutine.condition(program, data=given), hide=list(given)))
         own_seed = int(torch.randint(2**62, (), generator=generator))
-        moves, source = prepare(diffusion, likelihood, particles, proposal, {}, steps, own_seed, 1, batch_size, cond)
+        options = {} if twist is None else {"twist": twist(given)}
+        moves, source = prepare(
+            diffusion, likelihood, particles, proposal, options, steps, own_seed, 1, batch_size, cond
+        )
         path = walk(
             diffusion, moves, source, 1, multinomial, threshold, batch_size, reference=path, keep_path=True
         ).path
