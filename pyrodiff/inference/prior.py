@@ -118,7 +118,8 @@ class DiffusionPrior(TorchDistribution):
 
         The batch shape is that of the values, broadcast: left of the event dims that the network declares for them.
         """
-        tensors = self.cond | {name: torch.as_tensor(value) for name, value in cond.items()}
+        device = next(self.diffusion.net.parameters(), torch.zeros(())).device
+        tensors = self.cond | {name: torch.as_tensor(value, device=device) for name, value in cond.items()}
         batches = [tensors[name].shape[:n] for name, n in batch_dims(self.diffusion.net, tensors).items()]
         new = copy.copy(self)
         new.cond, new._batch_shape = tensors, torch.broadcast_shapes(self.batch_shape, *batches)
