@@ -8,6 +8,10 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(page.relative_to(DOCS) for page in DOCS.rglob("*.md") if "_build" not in page.parts)
 RUN = ["from_pytorch.md", "from_a_pyro_vae.md"]  # whose blocks no other test runs
+README = DOCS.parent / "README.md"
+CHINESE = {DOCS / page: DOCS / "course" / page.name for page in PAGES if page.parts[0] == "zh"}
+CHINESE[DOCS.parent / "README.zh.md"] = README
+SEEN = {"course": "*What to see:", "zh": "*看点："}  # what the text of a picture begins with, by folder
 
 
 def cells(page: Path) -> list[str]:
@@ -35,13 +39,44 @@ def test_links_lead_to_files(page):
             assert (DOCS / page.parent / target).exists(), f"{page} links to {target}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parts[0] == "course"], ids=str)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parts[0] in SEEN], ids=str)
 def test_pictures_of_the_course_say_what_to_see(page):
     text = (DOCS / page).read_text(encoding="utf-8")
     pictures = [m.end() for m in re.finditer(r"plt\.show\(\)\n```\n\n", text)]
-    assert all(text[end:].startswith("*What to see:") for end in pictures)
+    assert all(text[end:].startswith(SEEN[page.parts[0]]) for end in pictures)
     for cell in cells(page):
         compile(cell.replace(":tags: [hide-input]", ""), str(page), "exec")
+
+
+def split(page: Path) -> tuple[list[str], str]:
+    """A page's blocks of code, and its prose."""
+    text = page.read_text(encoding="utf-8")
+    block = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
+    return block.findall(text), block.sub("", text)
+
+
+@pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.name)
+def test_a_chinese_page_has_the_code_formulas_and_headings_of_the_english_one(page):
+    (code, prose), (english_code, english_prose) = split(page), split(CHINESE[page])
+    assert code == english_code
+    for part in (r"\$\$.*?\$\$", r"^#+ ", r"^\|", r"^!\[", r"^<!-- "):  # formulas, headings, rows, pictures, marks
+        found, expected = (re.findall(part, text, flags=re.DOTALL | re.MULTILINE) for text in (prose, english_prose))
+        assert found == expected, part
+    inline, expected = (set(re.findall(r"(?<!\$)\$([^$\n]+)\$(?!\$)", text)) for text in (prose, english_prose))
+    assert inline == expected
+
+
+@pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.name)
+def test_links_of_a_chinese_page_stay_in_chinese_where_there_is_a_page(page):
+    english = {target.resolve() for target in CHINESE.values()}
+    targets = {(page.parent / target).resolve() for target in re.findall(r"\]\(([^)\s#]+)", split(page)[1])}
+    assert targets & english == {CHINESE[page]}  # the link to its original
+
+
+@pytest.mark.parametrize("page", [README, README.with_suffix(".zh.md")], ids=lambda page: page.name)
+def test_links_of_the_readmes_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)\s#]+)", split(page)[1]):
+        assert "://" in target or (page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("page", RUN)
