@@ -32,7 +32,7 @@ Noise = Callable[[Tensor], Tensor]
 class Terms(NamedTuple):
     """A term of the bound by its analytic KL and by the log-ratio log q - log p of a draw; nats, float64, on the CPU.
 
-    At t = 1, where x_0 is observed, both are -log p(x_0 | x_1).
+    Both ``[N]``, or ``[R, B, columns]``. At t = 1, where x_0 is observed, both are -log p(x_0 | x_1).
     """
 
     analytic: Tensor

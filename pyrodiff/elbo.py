@@ -384,7 +384,7 @@ def site_terms(model_trace: Trace, guide_trace: Trace, kl: str = "analytic") -> 
         kl: ``"analytic"`` as ``TraceMeanField_ELBO``, ``"monte_carlo"`` as ``Trace_ELBO``.
 
     Returns:
-        Site name to a tensor of its batch shape, nats, scaled and masked as the site is.
+        Site name to a tensor of its batch shape, ``[*plates, B]``, nats, scaled and masked as the site is.
     """
     check_option("kl", kl, KLS)
 

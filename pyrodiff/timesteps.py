@@ -56,7 +56,7 @@ def low_discrepancy(
         batch, steps, device, generator: see :func:`uniform`.
 
     Returns:
-        See :func:`uniform`.
+        ``[batch]``, as :func:`uniform`.
 
     References:
         Variational Diffusion Models (Kingma et al., 2021), appendix I.1. https://arxiv.org/abs/2107.00630

@@ -1,5 +1,7 @@
 """The documentation's sources: pages, links, and Python that no other test runs. (`make docs` executes the course.)"""
 
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -7,11 +9,27 @@ import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(page.relative_to(DOCS) for page in DOCS.rglob("*.md") if "_build" not in page.parts)
-RUN = ["from_pytorch.md", "from_a_pyro_vae.md"]  # whose blocks no other test runs
 README = DOCS.parent / "README.md"
 CHINESE = {DOCS / page: DOCS / "course" / page.name for page in PAGES if page.parts[0] == "zh"}
 CHINESE[DOCS.parent / "README.zh.md"] = README
 SEEN = {"course": "*What to see:", "zh": "*看点："}  # what the text of a picture begins with, by folder
+MODULES = sorted(
+    ".".join(path.relative_to(DOCS.parent).with_suffix("").parts)
+    for path in (DOCS.parent / "pyrodiff").rglob("[!_]*.py")
+)
+# Whose docstrings name tensors of other functions, which give the shapes, or tensors of any shape.
+SHAPES_ELSEWHERE = {
+    "pyrodiff.draws": {"independent"},  # chain
+    "pyrodiff.inference.predictive": {"known"},  # any
+    "pyrodiff.inference.proposals": {"MCGDiff", "Replacement", "Twisted"},  # Bootstrap
+    "pyrodiff.laboratory.gradients": {"parameter_groups", "questions"},  # compare_gradients
+    "pyrodiff.laboratory.values": {"value_estimators"},  # compare_estimators
+    "pyrodiff.likelihood.estimate": {"seeded"},  # any
+    "pyrodiff.sample": {"ancestral", "ddim", "dpm_2m", "heun"},  # Move
+    "pyrodiff.schedules": {"Curve", "LogLinearSchedule", "RespacedSchedule"},  # Schedule
+    "pyrodiff.training.ema": {"EMA"},  # a module's parameters
+}
+RUN = ["from_pytorch.md", "from_a_pyro_vae.md", "extending.md"]  # whose blocks no other test runs
 
 
 def cells(page: Path) -> list[str]:
@@ -84,3 +102,45 @@ def test_the_python_of_a_page_runs(page):
     scope: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL):
         exec(compile(block, page, "exec"), scope)
+
+
+def test_the_reference_has_every_public_module():
+    listed = re.findall(
+        r"automodule:: (\S+)\n   :members:", "".join(p.read_text("utf-8") for p in (DOCS / "reference").glob("*.md"))
+    )
+    assert sorted(listed) == MODULES
+    assert all(importlib.import_module(name).__all__ for name in MODULES)
+
+
+def tells_shapes(item: object) -> bool:
+    """Whether a function's docstring, or one of a class and of its public methods, names a shape; or no signature names a tensor."""
+    parts = [item]
+    if inspect.isclass(item):
+        own = [part for name, part in vars(item).items() if name in ("__init__", "__new__") or not name.startswith("_")]
+        parts = [part.fget if isinstance(part, property) else part for part in own]
+    parts = [part for part in parts if inspect.isfunction(part)]
+    if not any(re.search("Tensor|ndarray|Distribution", str(inspect.signature(part))) for part in parts):
+        return True
+    # [B, *event], [N] and the like; neither an interval from 0 nor a link
+    return any(re.search(r"\[(?!0)[^\]\n]+\](?!\()", inspect.getdoc(part) or "") for part in [item, *parts])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings_of_the_reference_say_shapes(name):
+    module = importlib.import_module(name)
+    items = {key: getattr(module, key) for key in module.__all__}
+    items = {key: item for key, item in items.items() if inspect.isclass(item) or inspect.isfunction(item)}
+    assert all(inspect.getdoc(item) for item in items.values())
+    silent = {key for key, item in items.items() if item.__module__ == name and not tells_shapes(item)}
+    assert silent == SHAPES_ELSEWHERE.get(name, set())
+
+
+def test_the_page_on_extending_names_what_there_is():
+    page = (DOCS / "extending.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)\.py` \| (.*?) \|", page, flags=re.MULTILINE)
+    assert len(rows) > 15
+    for file, names in rows:
+        for name in re.findall(r"`([\w.]+)`", names):
+            item: object = importlib.import_module(f"pyrodiff.{file}")
+            for part in name.split("."):
+                item = getattr(item, part)

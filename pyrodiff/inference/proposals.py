@@ -386,7 +386,7 @@ def _square(std: Tensor) -> Tensor:
 
 
 def per_particle(name: str, values: Tensor, x: Tensor) -> Tensor:
-    """The values, one for each row of x.
+    """The values, ``[N]``, one for each row of x, ``[N, *event]``.
 
     Raises:
         ShapeError: they are not.

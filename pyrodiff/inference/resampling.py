@@ -20,23 +20,23 @@ Resampling = Callable[[Tensor, Tensor], Tensor]
 
 
 def multinomial(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Independent draws."""
+    """Independent draws, ``[R, N]``."""
     return _at(weights, uniforms)
 
 
 def stratified(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """One draw from each N-th of the mass."""
+    """One draw from each N-th of the mass, ``[R, N]``."""
     count = weights.shape[-1]
     return _at(weights, (torch.arange(count, device=weights.device) + uniforms) / count)
 
 
 def systematic(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Draws 1/N of the mass apart, from the first uniform of each row."""
+    """Draws 1/N of the mass apart, from the first uniform of each row, ``[R, N]``."""
     return stratified(weights, uniforms[:, :1])
 
 
 def residual(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The whole part of N W_n copies each, and independent draws from what remains."""
+    """The whole part of N W_n copies each, and independent draws from what remains, ``[R, N]``."""
     count = weights.shape[-1]
     whole = (count * weights + 1e-9).floor()  # weights that add up to 1 but for rounding
     copies, rest = whole.cumsum(-1), (count * weights - whole).clamp(min=0)

@@ -139,7 +139,7 @@ def log_weights(
 
 
 def renyi_bound(log_weights: Tensor, alpha: float = 0.0, dim: int = 0) -> Tensor:
-    """Renyi's bound of the K weights along ``dim``, which the result lacks; nats."""
+    """Renyi's bound of the K log-weights along ``dim``, ``[K, ...]`` to ``[...]``; nats."""
     if alpha == 1:
         return log_weights.mean(dim)
     order = 1 - alpha
