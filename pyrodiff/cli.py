@@ -251,7 +251,7 @@ def train(
         rows.append(("all in", f"{time.monotonic() - started:.0f} s"))
         print()
         for name, text in rows:
-            print(f"{name:18s}{text}")
+            print(f"{name:16s}  {text}")
         print()
         for path in sorted(folder.iterdir()):
             if not path.name.startswith("."):
