@@ -36,7 +36,7 @@ pair of programs that ``SVI`` was given. Groups:
 * ``particles``: the particles as they came, with their ``log_weight``; ``sample_stats.particle`` says which of them a draw is.
 * ``sample_stats``: beside ``particle``, the ``log_weight`` of each draw of a guide against the joint.
 * ``diagnostics``: by repeat and step ``ess`` and ``pareto_k``, by repeat ``families`` and ``log_evidence``; of a Gibbs chain
-  ``moved``; of a guide ``pareto_k``, ``ess``, ``log_evidence`` and ``elbo``.
+  ``moved``; of a guide whose draws have weights ``pareto_k``, ``ess``, ``log_evidence`` and ``elbo``.
 * ``posterior_predictive``, ``log_likelihood``, ``observed_data``: from the program of the observation: the data drawn anew for
   each draw, the log-probability of the data by site and plate, and the data.
 * ``constant_data``: the schedule, and what the network was conditioned on.
@@ -58,7 +58,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial, singledispatch
 from pathlib import Path
@@ -132,7 +132,9 @@ def to_datatree(result: object, **options: Any) -> xarray.DataTree:
         The tree.
 
     Raises:
-        OptionError: another kind of result; an attribute is no JSON, or longer than 32,000 characters.
+        OptionError: another kind of result; an attribute is no JSON, or longer than 32,000 characters; a site, plate or
+            conditioning value with the name of a dim or variable of the tree's own, or with a slash in it.
+        ShapeError: chains of other events or parameters than the first's.
 
     Example:
         >>> tree = to_datatree(bound(model, guide, {"x": prior}, chain=True), args=(y,), draws=400, batch_size=100)
@@ -301,6 +303,9 @@ def _of_gibbs_chains(
         raise OptionError(f"a list of {[type(chain).__name__ for chain in chains]} is not one of GibbsChain")
     if len({chain.x0.shape for chain in chains}) > 1:
         raise ShapeError(f"chains have x_0 of shapes {[list(chain.x0.shape) for chain in chains]}, not one")
+    shapes = [{name: list(value.shape) for name, value in chain.parameters.items()} for chain in chains]
+    if any(found != shapes[0] for found in shapes):
+        raise ShapeError(f"chains have parameters of shapes {shapes}, not one set of them")
     names = chains[0].parameters
     values = {name: torch.cat([chain.parameters[name] for chain in chains]) for name in names}
     parameters = {
@@ -309,7 +314,7 @@ def _of_gibbs_chains(
     x0 = torch.stack([chain.x0 for chain in chains])
     moved = ("chain", [chain.moved for chain in chains], {"long_name": "share of the sweeps in which x_0 changed"})
     groups = {
-        "posterior": _dataset(parameters, len(chains)).merge(_images("x_0", x0, ("chain", "draw"))),
+        "posterior": _merged(_images("x_0", x0, ("chain", "draw")), _dataset(parameters, len(chains))),
         "diagnostics": xarray.Dataset({"moved": moved}, {"chain": range(len(chains))}),
     }
     if program is not None:
@@ -354,11 +359,8 @@ def _of_guide(
     about: dict[str, Any] = {"method": "variational: draws of the guide"}
     cautions: list[str] = []
     if found.log_weights is None:
-        about["no_weights"] = (
-            "the pair estimates a bound, which is no density to weight draws by: how far the guide is from the posterior is not "
-            "known; ask the pair of bound(..., chain=True)"
-        )
-        cautions.append(about["no_weights"])
+        about["no_weights"] = found.no_weights
+        cautions.append(found.no_weights)
     else:
         w = found.log_weights
         k = float(pareto_k(w[:, None])[0])
@@ -393,7 +395,7 @@ def _of_guide(
 def _add_outlook(groups: dict[str, xarray.Dataset], found: Outlook, chains: int) -> None:
     """What a program says of the draws, of all chains one after another."""
     computed = {name: value for name, value in found.latents.items() if name not in groups["posterior"]}
-    groups["posterior"] = groups["posterior"].merge(_dataset(computed, chains))
+    groups["posterior"] = _merged(groups["posterior"], _dataset(computed, chains))
     for name, values in (("log_likelihood", found.log_likelihood), ("posterior_predictive", found.replicated)):
         if values:
             groups[name] = _dataset(values, chains)
@@ -413,7 +415,11 @@ def _add_constants(
     for name, value in (cond or {}).items():
         if name in constants:
             raise OptionError(f"cond cannot be named {name!r}: the schedule has a variable of that name")
-        values = torch.as_tensor(value)
+        _check_names([name], (), "cond")
+        try:
+            values = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OptionError(f"cond has a {type(value).__name__} as {name!r}, not a tensor or a number") from error
         constants[name] = (
             tuple(f"{name}_dim_{i}" for i in range(values.dim())),
             _numpy(values),
@@ -665,11 +671,31 @@ def _dataset(variables: Mapping[str, Plated], chains: int) -> xarray.Dataset:
 
     found, draws = {}, 0
     for name, (values, plates) in variables.items():
+        _check_names([name, *plates], ("chain", "draw"), "a site or plate")
         values = values.unflatten(0, (chains, -1))
         draws = values.shape[1]
         event = (f"{name}_{dim}" for dim in _event(values.dim() - 2 - len(plates)))
         found[name] = (("chain", "draw", *plates, *event), _numpy(values))
     return xarray.Dataset(found, {"chain": range(chains), "draw": range(draws)} if found else {})
+
+
+def _merged(group: xarray.Dataset, sites: xarray.Dataset) -> xarray.Dataset:
+    """Variables of a group, and sites beside them."""
+    shared = {"chain", "draw"}
+    _check_names({*sites.variables, *sites.dims} - shared, {*group.variables, *group.dims} - shared, "a site or plate")
+    return group.merge(sites)
+
+
+def _check_names(names: Iterable[Any], taken: Collection[Any], whose: str) -> None:
+    """Raise where a name is the tree's own, or a path in it."""
+    for name in names:
+        if name in taken or "/" in name:
+            why = (
+                "its name has a slash, which makes it a path"
+                if "/" in name
+                else "the tree has a variable or dim of that name"
+            )
+            raise OptionError(f"{whose} cannot be named {name!r} in a tree: {why}; rename it")
 
 
 def _event(event_dim: int) -> tuple[str, ...]:

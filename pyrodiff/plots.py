@@ -839,7 +839,7 @@ def _posterior_images(
     data += [("mean", mean), *((f"draw {i + 1}", draw) for i, draw in enumerate(draws))]
     if data_range is None:
         values = torch.cat([image[image.isfinite()] for _, image in data])
-        data_range = float(values.min()), float(values.max())
+        data_range = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)  # all sand
     low, high = data_range
     if not low < high:
         raise OptionError(f"data_range={data_range!r} is not (low, high) with low < high")
@@ -860,7 +860,7 @@ def _posterior_images(
             axes.set_xlabel("sand: not observed" if image is observation else "sand: not finite", fontsize=7)
     spread = deviation.square().mean(0).sqrt()
     heat = panels[at].imshow(
-        spread.numpy(), cmap="viridis", vmin=0, vmax=float(spread.max()) or 1, interpolation="nearest"
+        spread.numpy(), cmap="viridis", vmin=0, vmax=float(spread.nan_to_num(0.0).max()) or 1, interpolation="nearest"
     )
     panels[at].set_title("standard deviation", fontsize=8)
     for axes in panels:

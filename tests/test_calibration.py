@@ -245,6 +245,18 @@ def test_mistakes_are_named():
         sbc({"x": x}, {"z": draws})
     with pytest.raises(ShapeError, match=r"x: truth \[20, 2\] and draws \[20, 5\]"):
         sbc({"x": x}, {"x": draws[..., 0]})
+    for value, told in (([0.5] * 20, "list"), (x.numpy(), "ndarray"), (x.to(torch.complex64), "complex64")):
+        with pytest.raises(ShapeError, match=f"x is a .*{told}, not a torch.Tensor of real numbers"):
+            sbc({"x": value}, {"x": draws})
+    with pytest.raises(ShapeError, match="a Tensor and a Tensor are not two mappings"):
+        sbc(x, draws)
+    with pytest.raises(ShapeError, match=r"x: truth \[20, 0\]"):
+        sbc({"x": x[:, :0]}, {"x": draws[..., :0]})
+    for values in ((x, draws / 0, x), (x, draws, x / 0), (x / 0, draws, x)):
+        with pytest.raises(DataError, match=r"^infinite values among"):
+            tarp(*({"x": value} for value in values))
+    with pytest.raises(DataError, match="same in all simulations"):
+        tarp({"x": x[:1]}, {"x": draws[:1]}, {"x": x[:1]})
     with pytest.raises(ShapeError, match="s: truth"):
         sbc({"x": x, "s": x[:, 0]}, {"x": draws, "s": draws[:, :4, 0]})
     with pytest.raises(ShapeError, match="x: truth"):
@@ -256,7 +268,11 @@ def test_mistakes_are_named():
     with pytest.raises(DataError, match=r"0\.\.9, not in 0\.\.8"):
         uniformity(torch.arange(10)[:, None], 8)
     with pytest.raises(ShapeError, match="draws=0"):
-        uniformity(torch.zeros(3, 1), 0)
+        uniformity(torch.zeros(3, 1, dtype=torch.long), 0)
+    with pytest.raises(ShapeError, match="float32, among draws=9: not whole numbers"):
+        uniformity(torch.full((3, 1), 2.5), 9)
+    with pytest.raises(ShapeError, match=r"\[3, 0\]"):
+        uniformity(torch.zeros(3, 0, dtype=torch.long), 9)
     with pytest.raises(OptionError, match=r"alpha=1\.0"):
         band(10, 5, 1.0)
 

@@ -225,6 +225,15 @@ def test_the_law_of_repaint(jump: int, times: int):
     assert "log p(y)    none" in str(found)
 
 
+def test_repaint_of_fewer_steps_than_a_jump_says_that_it_makes_none():
+    diffusion, _ = coupled(12)
+    seen = LinearGaussian(KEEP, torch.tensor([1.0], dtype=F64), 0.0)
+    for options, jumps in (({"steps": 10}, False), ({"steps": 11}, True), ({"jump": 12}, False), ({"times": 1}, False)):
+        found = repaint(diffusion, seen, 3, seed=0, **options)
+        assert (found.network_evaluations > 3 * options.get("steps", 12)) == jumps
+        assert ("jumps have no density" in found.no_evidence) == jumps
+
+
 def test_repaint_with_noise_and_batches():
     """The known part is y's own law in the coordinates of any operator."""
     diffusion, _ = coupled(6)
@@ -462,6 +471,8 @@ def test_mistakes_of_guidance_are_named():
         guided(diffusion, seen, 10, proposal="mcgdiff", eta=0.0)
     with pytest.raises(OptionError, match="jump=0"):
         repaint(diffusion, seen, 10, jump=0)
+    with pytest.raises(OptionError, match=r"times=1\.5 must be whole"):  # which would jump for ever
+        repaint(diffusion, seen, 10, times=1.5)
     free, _ = labelled(3)
     with pytest.raises(OptionError, match="guides towards y, which is not given"):
         smc(free, nothing, 10, proposal="bootstrap", guidance_scale=2.0)

@@ -249,6 +249,12 @@ def test_a_posterior_of_images(tmp_path: Path, channels: int):
     plots.save(plots.posterior(torch.ones(2, 1, 3, 3), draws=0, data_range=(0, 1)), tmp_path / "a.png")  # no spread
 
 
+def test_a_posterior_that_has_diverged_is_sand(tmp_path: Path):
+    figure = plots.posterior(torch.full((3, 1, 4, 4), math.nan), draws=1)
+    plots.save(figure, tmp_path / "a.png")
+    assert [axes.get_xlabel() for axes in figure.axes].count("sand: not finite") == 2
+
+
 def test_a_posterior_of_signals(tmp_path: Path):
     x = torch.randn(50, 2, 7)
     observation = torch.randn(2, 7)

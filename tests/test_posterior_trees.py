@@ -15,7 +15,7 @@ import pytest
 import torch
 from oracles import GaussianDenoiser
 from pyro import poutine
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 import pyrodiff
@@ -281,6 +281,74 @@ def test_how_good_a_guide_is_is_told():
     assert abs(draws.std() - 0.3 * math.sqrt(0.2)) < 4.5 * 0.3 * math.sqrt(0.2) / math.sqrt(2 * 4000)
 
 
+@pytest.mark.parametrize("name", ["x_0", "chain", "draw", "height", "a/b"])
+def test_names_of_the_trees_own(name: str):
+    """The error is ours, on one line, whatever xarray thinks of the name."""
+    text = rf"^a site[a-z ]* cannot be named '{name}' in a tree: [^\n]*$"
+    for shape in ((5,), (5, 3)):
+        chain = GibbsChain(torch.zeros(5, 1, 2, 2), {name: torch.zeros(shape)}, 1.0, 1, 0.0)
+        with pytest.raises(OptionError, match=text):
+            to_datatree(chain)
+    if name in ("x_0", "height"):  # those belong to no site of a pair
+        return
+
+    def model() -> None:
+        pyro.sample(name, dist.Normal(0.0, 1.0))
+
+    def plated() -> None:
+        with pyro.plate(name, 3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    for program in (model, plated):
+        with pytest.raises(OptionError, match=text):
+            to_datatree((program, program), draws=3)
+
+
+def test_a_scale_is_not_in_the_log_likelihood():
+    prior = DiffusionPrior(model_and_chain())
+
+    def model() -> None:
+        x = pyro.sample("x", prior)
+        with poutine.scale(scale=10.0):
+            pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=torch.zeros(2))
+
+    tree = to_datatree(bound(model, AutoNormal(model), {"x": prior}), draws=3)
+    expected = dist.Normal(torch.tensor(tree["posterior"].x.values), 1.0).log_prob(torch.zeros(2)).sum(-1)
+    np.testing.assert_allclose(tree["log_likelihood"].y.values, expected, rtol=1e-5)
+
+
+def test_chains_and_conditions_that_fit_no_tree():
+    chains = [GibbsChain(torch.zeros(5, 2), {n: torch.zeros(5)}, 1.0, 1, 0.0) for n in "ab"]
+    with pytest.raises(ShapeError, match=r"parameters of shapes \[{'a': \[5\]}, {'b': \[5\]}\]"):
+        to_datatree(chains)
+    for value, told in (("cat", "str"), (None, "NoneType")):
+        with pytest.raises(OptionError, match=f"cond has a {told} as 'y'"):
+            to_datatree(chains[0], cond={"y": value})
+    with pytest.raises(OptionError, match="slash"):
+        to_datatree(chains[0], cond={"a/y": 1})
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_a_point_mass_has_no_weights(batch_size: int):
+    """Of AutoDelta the ratios are all log p(z, y) at one z: 50 effective draws and k-hat -inf would say that it is perfect."""
+
+    def model() -> None:
+        z, s = pyro.sample("z", dist.Normal(0.0, 1.0)), pyro.sample("s", dist.HalfNormal(1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(z, s), obs=torch.tensor([0.5, 1.0, 1.2]))
+
+    mixed = AutoGuideList(model)
+    mixed.append(AutoNormal(poutine.block(model, expose=["s"])))
+    mixed.append(AutoDelta(poutine.block(model, expose=["z"])))
+    for guide, names in ((AutoDelta(model), "z, s"), (mixed, "z")):
+        tree = to_datatree((model, guide), draws=50, batch_size=batch_size)
+        assert "diagnostics" not in tree.children and "sample_stats" not in tree.children
+        assert f"all of its mass on one value of {names}:" in tree.attrs["no_weights"]
+        assert json.loads(tree.attrs["warnings"]) == [tree.attrs["no_weights"]]
+    for guide in (AutoNormal(model), AutoMultivariateNormal(model)):  # whose sites are points given another site
+        assert "pareto_k" in to_datatree((model, guide), draws=50, batch_size=batch_size)["diagnostics"]
+
+
 def test_a_pair_of_a_chain():
     """With the whole chain the weights' mean is p(y) under the chain's own law; with one timestep there are none."""
     diffusion, y = model_and_chain(4, (1,)), torch.ones(1)
@@ -365,7 +433,7 @@ def test_what_has_no_tree():
         with pyro.plate("data", 10, subsample_size=3, dim=-2):
             pyro.sample("y", dist.Normal(x0[:, 0], 1.0), obs=torch.zeros(3, 1))
 
-    with pytest.raises(ProgramError, match=r"'data' takes 3 of 10"):
+    with pytest.raises(ProgramError, match=r"'data' draws 3 of 10"):
         to_datatree(particles(event=(1,)), program=part)
     with pytest.raises(ProgramError, match="'z' is not observed"):
         to_datatree(particles(event=(1,)), program=lambda x0: pyro.sample("z", dist.Normal(x0[:, 0], 1.0)))

@@ -83,8 +83,8 @@ class Calibration:
 
         With the distance as the quantity this is TARP's expected coverage.
         """
-        below = torch.arange(self.draws + 2, device=self.ranks.device)
-        return (self.ranks.mT[..., None] < below).double().mean(1)
+        counts = _below(self.ranks, self.draws).double() / len(self.ranks)
+        return torch.cat([torch.zeros_like(counts[:, :1]), counts], 1)
 
     @property
     def deviation(self) -> Tensor:
@@ -144,12 +144,13 @@ def tarp(
         seed: of the order of equal distances.
 
     Raises:
-        ShapeError, DataError: see :func:`sbc`; a parameter that does not vary.
+        ShapeError, DataError: see :func:`sbc`; a parameter that does not vary; infinite values.
     """
     theta, others = _fitted(truth, draws)
     points, _ = _fitted(references, draws)
-    scale = theta.std(0)
-    if not (scale > 0).all():
+    if not all(x.isfinite().all() for x in (theta, others, points)):
+        raise DataError("infinite values among the truth, the draws or the references: they have no distance")
+    if len(theta) < 2 or not (scale := theta.std(0)).all():
         raise DataError("a parameter is the same in all simulations, and has no scale to measure distances by")
     distances = [((x - points[:, None]) / scale).square().sum(2, keepdim=True) for x in (theta[:, None], others)]
     return _calibration("TARP", ["distance"], distances[0][:, 0], distances[1], seed)
@@ -165,15 +166,26 @@ def uniformity(ranks: Tensor, draws: int) -> Tensor:
     Returns:
         ``[Q]``, float64, right to about 1e-13.
     """
-    if draws < 1 or ranks.dim() != 2 or not len(ranks):
-        raise ShapeError(f"ranks of shape {list(ranks.shape)} among draws={draws!r}, not [S, Q] among at least 1")
+    if draws < 1 or ranks.dim() != 2 or not ranks.numel() or ranks.is_floating_point():
+        raise ShapeError(
+            f"ranks of shape {list(ranks.shape)}, {ranks.dtype}, among draws={draws!r}: not whole numbers [S, Q] among at least 1"
+        )
     if int(ranks.min()) < 0 or int(ranks.max()) > draws:
         raise DataError(f"ranks lie in {int(ranks.min())}..{int(ranks.max())}, not in 0..{draws}")
     tails = _tails(len(ranks), draws)
-    below = torch.arange(1, draws + 1)
-    counts = (ranks.cpu().mT[..., None] < below).sum(1)  # [Q, L]
+    counts = _below(ranks.cpu(), draws)[:, :-1]
     least = tails.expand(len(counts), -1, -1).gather(2, counts[..., None])[..., 0].amin(1)
     return _false_alarm(tails, least)
+
+
+def _below(ranks: Tensor, draws: int) -> Tensor:
+    """How many ranks are below k = 1, ..., L + 1, ``[Q, L + 1]``."""
+    rows = ranks.mT.long()
+    return (
+        torch.zeros(len(rows), draws + 1, dtype=torch.long, device=ranks.device)
+        .scatter_add_(1, rows, torch.ones_like(rows))
+        .cumsum(1)
+    )
 
 
 def band(simulations: int, draws: int, alpha: float = 0.05) -> tuple[Tensor, Tensor]:
@@ -216,13 +228,22 @@ def _calibration(test: str, names: list[str], truth: Tensor, draws: Tensor, seed
 
 def _fitted(truth: Mapping[str, Tensor], draws: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Of all names, flattened and side by side: ``[S, Q]`` and ``[S, L, Q]``, float64."""
+    if not (isinstance(truth, Mapping) and isinstance(draws, Mapping)):
+        raise ShapeError(
+            f"a {type(truth).__name__} and a {type(draws).__name__} are not two mappings from names to tensors"
+        )
     if not truth or truth.keys() != draws.keys():
         raise ShapeError(f"of the truth there is {[*truth]}, and of the draws {[*draws]}: not the same")
+    for name in truth:
+        for value in (truth[name], draws[name]):
+            if not isinstance(value, Tensor) or value.is_complex():
+                found = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+                raise ShapeError(f"{name} is a {found}, not a torch.Tensor of real numbers")
     first = draws[next(iter(truth))]
     lengths = {*first.shape[1:2]}
     for name, value in truth.items():
         shape = draws[name].shape
-        if value.dim() < 1 or not len(value) or shape[:1] + shape[2:] != value.shape or {*shape[1:2]} != lengths:
+        if value.dim() < 1 or not value.numel() or shape[:1] + shape[2:] != value.shape or {*shape[1:2]} != lengths:
             raise ShapeError(
                 f"{name}: truth {list(value.shape)} and draws {list(shape)} are not [S, *shape] and [S, L, *shape], of the S and L "
                 f"of all ({list(first.shape[:2])})"

@@ -200,7 +200,7 @@ def repaint(
             noise the known part is that of data N(0, 1) given y.
         n: number of samples.
         jump: by how many steps the walk goes back, from t = 1, 1 + jump, ...; 1 is the paper's algorithm 1, 10 what it uses.
-        times: how often it passes each of them; 1: no jumps, which is replacement without weights.
+        times: how often it passes each of them; 1, or as few steps as a jump: no jumps, which is replacement without weights.
 
     Returns:
         The samples, with equal weights; its ``log_evidence`` raises, and says why.
@@ -209,8 +209,8 @@ def repaint(
         RePaint: Inpainting using Denoising Diffusion Probabilistic Models (Lugmayr et al., 2022), algorithm 1 and appendix B.
         https://arxiv.org/abs/2201.09865
     """
-    if jump < 1 or times < 1:
-        raise OptionError(f"jump={jump!r} and times={times!r} must be at least 1")
+    if not all(isinstance(number, int) and number >= 1 for number in (jump, times)):
+        raise OptionError(f"jump={jump!r} and times={times!r} must be whole numbers, at least 1")
     started = time.perf_counter()
     moves, source = prepare(diffusion, observation, n, "replacement", {}, steps, seed, 1, batch_size, cond)
     moves = cast(Replacement, moves)
@@ -239,7 +239,7 @@ def repaint(
         "RePaint is a heuristic, and its jumps have no density to be weighted by: x_0 is the end of many walks up and down, and "
         'its density an integral over all of them; smc with proposal="replacement" weights a walk without jumps'
     )
-    if times == 1:
+    if calls == T:  # one time, or a chain of no more steps than a jump
         why = 'replacement without weights is a heuristic; smc with proposal="replacement" weights it'
     return _unweighted("repaint", x, n * calls, T, started, why)
 

@@ -4,7 +4,8 @@ Nothing is drawn from the prior: the draws are replayed in the model, so that a 
 the guide supplies (which Pyro's ``Predictive`` does, twice, to look at shapes).
 
 The weights :math:`w = p(x, \theta, z, y) / q(x, \theta, z)` of the draws, with z the chain's states where the prior is a chain, tell how
-far the guide is from the posterior: their tail index k, and the effective number of draws, :math:`(\sum w)^2 / \sum w^2`.
+far the guide is from the posterior: their tail index k, and the effective number of draws, :math:`(\sum w)^2 / \sum w^2`. A guide
+with a point mass, such as ``AutoDelta``, has none: its draws are all alike, and so would be ratios that are no weights.
 
 References:
     Yes, but Did It Work?: Evaluating Variational Inference (Yao et al., 2018), section 2. https://arxiv.org/abs/1802.02538
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, Unit
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
 from pyro.poutine import Trace
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
@@ -31,6 +33,11 @@ from .bound import Bounded
 from .observe import unobserved
 
 __all__ = ["GuideDraws", "Outlook", "Plated", "guide_draws", "joined", "known", "outlook"]
+
+_OF_A_BOUND = (
+    "the pair estimates a bound, which is no density to weight draws by: how far the guide is from the posterior is not known; ask "
+    "the pair of bound(..., chain=True)"
+)
 
 
 class Plated(NamedTuple):
@@ -68,11 +75,13 @@ class GuideDraws:
 
     Attributes:
         outlook: of the plain model.
-        log_weights: ``[S]``, float64; None where the pair's ELBO may not be exponentiated.
+        log_weights: ``[S]``, float64, or None.
+        no_weights: why there are none; empty where there are.
     """
 
     outlook: Outlook = field(repr=False)
     log_weights: Tensor | None = field(repr=False)
+    no_weights: str = ""
 
 
 @torch.no_grad()
@@ -120,7 +129,11 @@ def guide_draws(
         weights.append(_log_prob(model_trace, n, nesting) - _log_prob(guide_trace, n, nesting))
         run = partial(some._vectorized_num_particles(plain), *args, **kwargs)
         found.append(outlook(run, guide_trace, n, -nesting - 1))
-    return GuideDraws(joined(found), torch.cat(weights) if unbiased else None)
+    told = joined(found)
+    why = "" if unbiased else _OF_A_BOUND
+    if points := _points(trace, told, draws):
+        why = f"the guide puts all of its mass on one value of {', '.join(points)}: a point has no density to weight it by"
+    return GuideDraws(told, None if why else torch.cat(weights), why)
 
 
 def outlook(program: Callable[[], Any], latents: Trace, n: int, dim: int) -> Outlook:
@@ -150,11 +163,22 @@ def outlook(program: Callable[[], Any], latents: Trace, n: int, dim: int) -> Out
                 found.latents[name] = _computed(name, site, n, dim)
             continue
         again: Any = drawn.nodes[name]
-        found.log_likelihood[name] = _plated(name, site, site["log_prob"], n, dim, event_dim=0)
+        log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])  # a scale is the ELBO's
+        found.log_likelihood[name] = _plated(name, site, log_prob, n, dim, event_dim=0)
         found.replicated[name] = _plated(name, again, again["value"], n, dim)
         data = _plated(name, site, site["value"], n, dim)
         found.observed[name] = data._replace(values=data.values[:1])
     return found
+
+
+def _points(guide: Trace, found: Outlook, draws: int) -> list[str]:
+    """Sites that the guide gives one value in all draws; one draw does not tell."""
+    values = {name: found.latents[name].values for name in guide.stochastic_nodes if name in found.latents}
+    return [
+        name
+        for name, value in values.items()
+        if draws > 1 and not _is_data(guide.nodes[name]["fn"]) and bool((value == value[:1]).all())
+    ]
 
 
 class Anew(UnconditionMessenger):
