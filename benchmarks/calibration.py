@@ -232,7 +232,7 @@ def neighbours(x: Tensor) -> str:
     return f"correlation of neighbours {float(found.max()):.2f} at the most"
 
 
-def nuts(problem: Problem, y: Tensor, warmup: int = 100, thin: int = 2) -> Found:
+def nuts(problem: Problem, y: Tensor, warmup: int = 200, thin: int = 12) -> Found:
     """One chain of all observations' unknowns together, in the noise of the flow."""
     pyro.clear_param_store()
     model = poutine.reparam(problem.model(problem.flow), {"x": FlowReparam()})
