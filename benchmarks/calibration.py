@@ -292,6 +292,7 @@ def methods() -> dict[str, Method]:
         "smc, twisted, mmps": known(particles, consistent, lambda seen: {"twist": mmps(seen)}),
         "smc, mcgdiff": known(particles, consistent, lambda seen: {"proposal": "mcgdiff"}),
         "smc, mcgdiff, data_std=1": known(particles, consistent, lambda seen: {"proposal": "mcgdiff", "data_std": 1.0}),
+        "smc, replacement": known(particles, consistent, lambda seen: {"proposal": "replacement"}),
         "guided (DPS)": known(heuristic, "a heuristic", lambda seen: {}),
         "guided, pigdm": known(heuristic, "a heuristic", lambda seen: {"twist": pigdm(seen)}),
         "guided, mmps": known(heuristic, "a heuristic", lambda seen: {"twist": mmps(seen)}),
