@@ -45,12 +45,14 @@ napoleon_use_ivar = True  # attributes are listed once
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the notebooks' kernels
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-BESIDE = re.compile(r"\]\((\.\./(?:\.\./)*(?:examples|benchmarks|pyrodiff)/[^)#]+)(?:#L\d+)?\)")
+BESIDE = re.compile(
+    r"(?<!!)(\[[^\[\]]*\])\((\.\./(?:\.\./)*(?:examples|benchmarks|pyrodiff)/[^)#]+)(?:#L\d+)?\)"
+)  # no picture
 
 
 def links_to_files(app: object, name: str, source: list[str]) -> None:
     """Scripts beside the documents, linked as a repository's reader would: here they are downloads."""
-    source[0] = BESIDE.sub(r"](path:\1)", source[0])
+    source[0] = BESIDE.sub(r"\1(path:\2)", source[0])
 
 
 def shapes(app: object, what: str, name: str, item: object, options: object, lines: list[str]) -> None:
