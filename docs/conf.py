@@ -44,6 +44,7 @@ napoleon_use_ivar = True  # attributes are listed once
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the notebooks' kernels
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's, of a notebook without widgets
 
 BESIDE = re.compile(
     r"(?<!!)(\[[^\[\]]*\])\((\.\./(?:\.\./)*(?:examples|benchmarks|pyrodiff)/[^)#]+)(?:#L\d+)?\)"
