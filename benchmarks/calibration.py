@@ -232,6 +232,20 @@ def neighbours(x: Tensor) -> str:
     return f"correlation of neighbours {float(found.max()):.2f} at the most"
 
 
+def importance(problem: Problem, y: Tensor, count: int = 200_000) -> Found:
+    """Draws of the flow's prior, the same for all observations, weighted by the likelihood: what NUTS aims at, without a chain."""
+    with torch.no_grad():
+        theta = {"x": problem.flow.sample((count,)), "sigma": problem.noise.sample((count,))}
+    chosen, effective = [], []
+    for row in y:
+        w = problem.log_likelihood(theta, row).softmax(0)
+        chosen.append(w.multinomial(L, replacement=True))
+        effective.append(1 / w.square().sum())
+    found, ess = torch.stack(chosen), torch.stack(effective)
+    note = f"effective {ess.median():.0f} ({ess.min():.0f} at the least)"
+    return Found({name: value[found] for name, value in theta.items()}, note)
+
+
 def nuts(problem: Problem, y: Tensor, warmup: int = 200, thin: int = 12) -> Found:
     """One chain of all observations' unknowns together, in the noise of the flow."""
     pyro.clear_param_store()
@@ -302,6 +316,7 @@ def methods() -> dict[str, Method]:
             "chain", True, of(variational, family=full_rank, weights=True), consistent
         ),
         "SVI, flow, full-rank Normal": Method("flow", True, of(variational, family=full_rank, flow=True), approximate),
+        "prior of the flow, weighted": Method("flow", True, importance, consistent),
         "NUTS, FlowReparam": Method("flow", True, nuts, "exact as the chain grows"),
         "particle Gibbs, bootstrap": Method(
             "short", True, of(gibbs, proposal="bootstrap", particles=24), "exact as the chain grows", 2
