@@ -309,8 +309,8 @@ def draw(pictures: list[list[Tensor]], path: Path) -> None:
             low, high = (0.0, 0.3) if title == "deviation" else (-1.0, 1.0)
             axis.imshow(image[0].numpy(), cmap="gray", vmin=low, vmax=high)
             axis.set_axis_off()
-            if row is axes[0]:
-                axis.set_title(title, fontsize=9)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
     figure.savefig(path, dpi=100)
 
 
