@@ -1,4 +1,4 @@
-# Everything a developer runs, from a clean checkout:  make demo | test | lint | typecheck | gpu | bench
+# Everything a developer runs, from a clean checkout:  make demo | test | lint | typecheck | reliability | gpu | bench
 #
 # Each target makes the environment it needs (.venv) and installs into it only when pyproject.toml or
 # constraints.txt have changed since.  Another interpreter to build .venv from:  make test PYTHON=python3.13
@@ -25,11 +25,11 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo docs test test-fast test-modes lint format typecheck gpu bench clean
+.PHONY: help demo docs test test-slow test-modes reliability lint format typecheck gpu bench clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
-	    | awk -F '\t' '{ printf "  make %-11s %s\n", $$1, $$2 }'
+	    | awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"pyrodiff needs Python 3.11 or later, and $(PYTHON) is {v[0]}.{v[1]}: name another one with  make PYTHON=python3.11 ...")'
@@ -58,11 +58,14 @@ demo: $(VENV)/.installed-demo  ## train on 8x8 digits, print bits per dimension,
 docs: $(if $(PREPARED),$(VENV)/.installed-docs)  ## the documentation, every notebook executed; warnings are errors: docs/_build/html/index.html
 	$(PY) -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
-test: $(PREPARED)  ## the whole suite (tests that need CUDA skip themselves where there is none)
-	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
-
-test-fast: $(PREPARED)  ## the suite without the tests marked slow
+test: $(PREPARED)  ## the suite without the tests marked slow (those that need CUDA skip themselves where there is none)
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(PREPARED)  ## the rest of the suite
+	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
+
+reliability: $(PREPARED)  ## what was measured against what is required, row by row of tests/reliability.py: build/reliability.md
+	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m reliability --report build/reliability.md $(PYTEST_ARGS)
 
 test-modes: $(PREPARED)  ## the fast tests again with Pyro's validation off, and again under python -O
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m "not slow" --no-validation $(PYTEST_ARGS)

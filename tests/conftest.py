@@ -22,6 +22,7 @@ import pyro
 import pytest
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
+from reliability import Report, figure, marked  # noqa: F401  (a fixture)
 
 torch.set_num_threads(1)
 
@@ -40,6 +41,7 @@ SEED_OFFSET = int(os.environ.get("PYRODIFF_TEST_SEED", "0"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-validation", action="store_true", help="run with Pyro's validation switched off")
+    parser.addoption("--report", metavar="FILE", help="what was measured against what is required, as a table")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,9 +50,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.randomly_reset_seed = False
     # the default follows __debug__; here the option alone decides, also under `python -O`
     pyro.enable_validation(not config.getoption("--no-validation"))
+    if (file := config.getoption("--report")) and not hasattr(config, "workerinput"):  # a worker's reports come here
+        config.pluginmanager.register(Report(file))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if rows := marked(item):
+            item.user_properties.append(("rows", sorted(rows)))
     if torch.cuda.is_available():
         return
     no_cuda = pytest.mark.skip(reason="needs CUDA, and torch sees no CUDA device")

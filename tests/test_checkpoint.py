@@ -429,10 +429,13 @@ def sound(tmp_path):
     return path, path.read_bytes()
 
 
-def test_bit_flips(sound):
+@pytest.mark.reliability("Q16", "F4")
+def test_bit_flips(sound, figure):
     path, content = sound
     rng = random.Random(1)
-    for position in rng.sample(range(8 * len(content)), 400):
+    positions = rng.sample(range(8 * len(content)), 400)
+    figure.count("Q16", "damaged files refused", len(positions), at_least=10_000)
+    for position in positions:
         flipped = bytearray(content)
         flipped[position // 8] ^= 1 << position % 8
         path.write_bytes(flipped)
