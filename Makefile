@@ -64,8 +64,8 @@ test: $(PREPARED)  ## the suite without the tests marked slow (those that need C
 test-slow: $(PREPARED)  ## the rest of the suite
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
 
-reliability: $(PREPARED)  ## what was measured against what is required, row by row of tests/reliability.py: build/reliability.md
-	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m reliability --report build/reliability.md $(PYTEST_ARGS)
+reliability: $(PREPARED)  ## both tiers, with coverage: measured against required, row by row of tests/reliability.py
+	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --report build/reliability.md --cov --cov-report= $(PYTEST_ARGS)
 
 test-modes: $(PREPARED)  ## the fast tests again with Pyro's validation off, and again under python -O
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m "not slow" --no-validation $(PYTEST_ARGS)
@@ -100,5 +100,5 @@ bench: $(PREPARED)  ## run every script in benchmarks/
 	done
 
 clean:  ## remove .venv, caches and builds (runs/ stays)
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis docs/_build
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* docs/_build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

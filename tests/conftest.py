@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # the default follows __debug__; here the option alone decides, also under `python -O`
     pyro.enable_validation(not config.getoption("--no-validation"))
     if (file := config.getoption("--report")) and not hasattr(config, "workerinput"):  # a worker's reports come here
-        config.pluginmanager.register(Report(file))
+        config.pluginmanager.register(Report(file, coverage=bool(config.getoption("cov_source", None))))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,9 @@ The report has no figure of its own: a row whose tests were skipped says so, and
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,11 +137,12 @@ class Figure:
 class Report:
     """What the tests that ran said, row by row: a plugin of pytest, printed and written at its end."""
 
-    def __init__(self, file: str) -> None:
-        self.file = Path(file)
+    def __init__(self, file: str, coverage: bool) -> None:
+        self.file, self.coverage = Path(file), coverage
         self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
         self.reasons: dict[str, set[str]] = defaultdict(set)  # of skipped tests
         self.figures: dict[str, dict[str, Figure]] = defaultdict(dict)
+        self.seconds: Counter[str] = Counter()  # by tier
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         rows = dict(report.user_properties).get("rows", [])
@@ -148,6 +151,7 @@ class Report:
                 self.outcomes[row][report.outcome] += 1
                 if report.skipped and isinstance(report.longrepr, tuple):
                     self.reasons[row].add(report.longrepr[2].removeprefix("Skipped: "))
+        self.seconds["slow" if "slow" in report.keywords else "fast"] += report.duration
         if report.when == "call":
             for name, recorded in report.user_properties:
                 if name == "figure":
@@ -166,11 +170,30 @@ class Report:
             return "FAILED"
         return "holds" if tests["passed"] else "not run" if tests["skipped"] else "NO TEST"
 
-    def lines(self) -> list[str]:
-        """A table in Markdown, with a line for every row of `ROWS`."""
+    def of_the_run(self) -> None:
+        """The rows that are about the whole run: its faults, its time, its coverage."""
         faults = Counter(self.status(row) for row in ROWS if row.startswith("F"))
         self.outcomes["Q18"] = +Counter(passed=faults["holds"], failed=faults["FAILED"] + faults["NO TEST"])
         self.figures["Q18"] = {"faults that hold": Figure(faults["holds"], math.inf, -math.inf)}
+        fast, slow = (self.seconds[tier] / 60 / 2 for tier in ("fast", "slow"))  # the bars are for two cores
+        self.merge("Q24", "minutes of `make test`", fast, 6, -math.inf, summed=False)
+        self.merge("Q24", "minutes of both tiers", fast + slow, 45, -math.inf, summed=False)
+        self.outcomes["Q24"] = Counter(passed=1)
+        if self.coverage:
+            import coverage
+
+            with tempfile.NamedTemporaryFile(suffix=".json") as file:
+                measured = coverage.Coverage()
+                measured.load()
+                measured.json_report(outfile=file.name)
+                totals = json.loads(Path(file.name).read_text())["totals"]
+            for covered, n in (("covered_lines", "num_statements"), ("covered_branches", "num_branches")):
+                percent = 100 * totals[covered] / totals[n]
+                self.merge("Q26", f"% of {n.removeprefix('num_')}", percent, math.inf, 95, summed=False)
+            self.outcomes["Q26"] = Counter(passed=1)
+
+    def lines(self) -> list[str]:
+        """A table in Markdown, with a line for every row of `ROWS`."""
         lines = ["| row | what must hold | | measured (required) | tests |", "|---|---|---|---|---|"]
         for row, what in ROWS.items():
             status = self.status(row)
@@ -181,6 +204,7 @@ class Report:
         return lines
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self.of_the_run()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text("\n".join(self.lines()) + "\n", encoding="utf-8")
         if any(self.status(row) in ("FAILED", "NO TEST") for row in ROWS):
