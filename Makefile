@@ -1,4 +1,4 @@
-# Everything a developer runs, from a clean checkout:  make demo | test | lint | typecheck | reliability | gpu | bench
+# Everything a developer runs, from a clean checkout:  make demo | test | docs | lint | typecheck | reliability | gpu | bench
 #
 # Each target makes the environment it needs (.venv) and installs into it only when pyproject.toml or
 # constraints.txt have changed since.  Another interpreter to build .venv from:  make test PYTHON=python3.13
@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo docs test test-slow test-modes reliability lint format typecheck gpu bench clean
+.PHONY: help demo docs docs-check test test-slow test-modes reliability lint format typecheck gpu bench clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
@@ -57,6 +57,9 @@ demo: $(VENV)/.installed-demo  ## train on 8x8 digits, print bits per dimension,
 
 docs: $(if $(PREPARED),$(VENV)/.installed-docs)  ## the documentation, every notebook executed; warnings are errors: docs/_build/html/index.html
 	$(PY) -m sphinx -b html -W --keep-going -q docs docs/_build/html
+
+docs-check: docs $(PREPARED)  ## the built pages: links, texts of pictures, and every page in Chromium at two widths, where there is one
+	DOCS_HTML=docs/_build/html $(PY) -m pytest tests/test_docs_browser.py $(PYTEST_ARGS)
 
 test: $(PREPARED)  ## the suite without the tests marked slow (those that need CUDA skip themselves where there is none)
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)

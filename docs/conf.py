@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+from docutils import nodes
+
 import pyrodiff
 
 project = "pyrodiff"
@@ -17,6 +19,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # its files, so that formulas need no network
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
@@ -26,6 +29,7 @@ html_theme = "furo"
 html_title = "pyrodiff"
 html_static_path = ["_static"]
 html_css_files = ["pyrodiff.css"]
+html_domain_indices = False  # the reference's own contents list the modules
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -34,6 +38,8 @@ nb_execution_timeout = 240
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
+add_module_names = False
+python_maximum_signature_line_length = 80  # of a longer one each parameter has a line
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
@@ -56,14 +62,35 @@ def links_to_files(app: object, name: str, source: list[str]) -> None:
     source[0] = BESIDE.sub(r"\1(path:\2)", source[0])
 
 
-def shapes(app: object, what: str, name: str, item: object, options: object, lines: list[str]) -> None:
-    """A shape such as [N, *event] in plain words of a docstring is no beginning of emphasis."""
+def docstrings(app: object, what: str, name: str, item: object, options: object, lines: list[str]) -> None:
+    """A shape such as [N, *event] in plain words is no beginning of emphasis; references, up to their address, are a list."""
     for i, line in enumerate(lines):
-        words = line.split("`")  # every second part is code
-        words[::2] = [re.sub(r"(?<![\w\\*])\*(?=\w)", r"\\*", part) for part in words[::2]]
-        lines[i] = "`".join(words)
+        parts = re.split("(`+[^`]+`+)", line)  # every second one is code
+        parts[::2] = [re.sub(r"(?<![\w\\*])\*(?=\w)", r"\\*", part) for part in parts[::2]]
+        lines[i] = "".join(parts)
+    if ".. rubric:: References" in lines:
+        start, first = lines.index(".. rubric:: References") + 2, True
+        for i in range(start, lines.index("", start)):
+            mark, first = "* " if first else "  ", "://" in lines[i]
+            lines[i] = mark + lines[i]
+
+
+def texts_of_pictures(app: object, doctree: nodes.document) -> None:
+    """A picture that a cell draws is described by the paragraph below it, which says what to see."""
+    for picture in doctree.findall(lambda node: isinstance(node, nodes.image) and "alt" not in node):
+        cell = picture
+        while "cell" not in cell.get("classes", []):
+            cell = cell.parent
+        picture["alt"] = cell.next_node(nodes.paragraph, descend=False, siblings=True).astext()
+
+
+def languages(app: object, name: str, template: str, context: dict[str, object], doctree: object) -> None:
+    """The language a page is in, for screen readers, hyphenation and the choice of fonts."""
+    context["language"] = "zh-Hans" if name.startswith("zh/") else "en"
 
 
 def setup(app) -> None:
     app.connect("source-read", links_to_files)
-    app.connect("autodoc-process-docstring", shapes)
+    app.connect("doctree-read", texts_of_pictures)
+    app.connect("html-page-context", languages)
+    app.connect("autodoc-process-docstring", docstrings)

@@ -42,6 +42,18 @@ STAGES = ("early", "middle", "late")
 SCHEDULES = ("log-linear", "linear", "cosine")
 LENGTHS = (10, 100, 1000)
 BASE = {"stage": "late", "schedule": "log-linear", "T": 100}
+SEEN = {  # what to see in a picture, by the claim it belongs to or by its kind
+    "along_the_chain": "above the gray line the log-ratio varies less than the analytic KL does. Both axes are logarithmic.",
+    "drawing_the_timestep": "further left is cheaper; the gray line is one uniform timestep. The rows of importance lie far to the left.",
+    "network_gradients": """on the left, one timestep, all estimators lie on one line but for the analytic KL, which comes below it.
+On the right, whole chains, further left is better.""",
+    "other_gradients": """a learned schedule above, data from an encoder below. The score function (green, pink, light blue) lies
+mostly above the pathwise estimates (blue and orange) on the left, and to the right of them on the right.""",
+    "estimators": """the further right a dot in the first column, the cheaper. In the last, dots outside of the gray band are biased; hollow
+ones are so by construction.""",
+    "timesteps": """data are on the left of each picture, noise on the right. First what each timestep adds to the bound; then its
+variance, dashed for the Monte Carlo KL; then the sum so far.""",
+}
 COLOURS = {"gaussian": "#0072B2", "mixture": "#009E73", "digits": "#D55E00", "images": "#CC79A7"}
 
 # ---------------------------------------------------------------------- models and data
@@ -708,6 +720,11 @@ T sum(v_t) / (sum sqrt(v_t))^2 (Cauchy-Schwarz; a control variate can exceed it)
 # ---------------------------------------------------------------------- the page
 
 
+def picture(text: str, out: Path, name: str) -> list[str]:
+    """Lines of the page that show a picture."""
+    return [f"![{text}]({out.name}/{name}.png)", "", f"*What to see: {SEEN[name.split('-')[0]]}*", ""]
+
+
 def report(out: Path) -> Path:
     """Write the page and its pictures from the tables."""
     tables = Tables(out)
@@ -736,17 +753,17 @@ def report(out: Path) -> Path:
         lines += [f"## {title}", "", text, ""]
         if figure is not None:
             plots.save(figure, out / f"{function.__name__}.png")
-            lines += [f"![{title}]({out.name}/{function.__name__}.png)", ""]
+            lines += picture(title, out, function.__name__)
         lines += [f"{verdict} ([`{function.__name__}`](../examples/kl_study.py#L{line}))".strip(), ""]
     for name in tables.data:
         base = tables.of(tables.values, name, "late", "log-linear")
         base = base[(base["T"] - BASE["T"]).abs() == (base["T"] - BASE["T"]).abs().min()]
         plots.save(plots.estimators(base.reset_index(drop=True)), out / f"estimators-{name}.png")
-        lines += [f"## All estimators: {name}", "", f"![All estimators, {name}]({out.name}/estimators-{name}.png)", ""]
+        lines += [f"## All estimators: {name}", "", *picture(f"All estimators, {name}", out, f"estimators-{name}")]
         terms = tables.of(tables.terms, name, "late", "log-linear")
         terms = terms[terms["T"] == terms["T"].max()]
         plots.save(plots.timesteps(terms.reset_index(drop=True), x="log_snr"), out / f"timesteps-{name}.png")
-        lines += [f"![Each timestep, {name}]({out.name}/timesteps-{name}.png)", ""]
+        lines += picture(f"Each timestep, {name}", out, f"timesteps-{name}")
     page = out.with_suffix(".md")
     page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return page

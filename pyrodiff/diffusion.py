@@ -163,7 +163,7 @@ class GaussianDiffusion(nn.Module):
 
     @property
     def forward_process(self) -> ForwardProcess:
-        """Q."""
+        """The forward process, q."""
         return self.reverse_kernel.forward_process
 
     @property

@@ -135,8 +135,8 @@ def test_docstrings_of_the_reference_say_shapes(name):
     assert silent == SHAPES_ELSEWHERE.get(name, set())
 
 
-def test_the_page_on_extending_names_what_there_is():
-    page = (DOCS / "extending.md").read_text(encoding="utf-8")
+def test_the_page_on_architecture_names_what_there_is():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)\.py` \| (.*?) \|", page, flags=re.MULTILINE)
     assert len(rows) > 15
     for file, names in rows:
