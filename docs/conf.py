@@ -39,7 +39,7 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 
 add_module_names = False
-python_maximum_signature_line_length = 80  # of a longer one each parameter has a line
+python_maximum_signature_line_length = 110  # of a longer one each parameter has a line
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

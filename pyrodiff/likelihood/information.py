@@ -13,8 +13,8 @@ For the exact denoiser :math:`\hat x_0 = E[x_0 \mid x_\lambda]` the identity hol
         + \int_{\lambda_T}^{\lambda_1} e(x_0, \lambda)\, d\lambda
         - E \log p(x_0 \mid x_{\lambda_1}),
 
-where :math:`p(x_0 \mid x_1)` is the exact posterior (the second is Bayes' rule, :math:`-\log p(x_0) = \log q(x_1 \mid x_0) -
-\log p_1(x_1) - \log p(x_0 \mid x_1)`, averaged over :math:`x_1`). The estimate takes the chain's own ends instead,
+where :math:`p(x_0 \mid x_1)` is the exact posterior (the second is Bayes' rule, :math:`-\log p(x_0) = \log q(x_1 \mid x_0)`
+:math:`- \log p_1(x_1) - \log p(x_0 \mid x_1)`, averaged over :math:`x_1`). The estimate takes the chain's own ends instead,
 :math:`N(0, 1)` for :math:`p_{\lambda_T}` and the decoder for the posterior:
 
 .. math::
