@@ -34,7 +34,7 @@ html_domain_indices = False  # the reference's own contents list the modules
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
-nb_execution_timeout = 240
+nb_execution_timeout = 600  # seconds a cell, on a machine that does other things too
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 

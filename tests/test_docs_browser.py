@@ -31,7 +31,8 @@ LOOK = r"""
   const name = e => [e.tagName.toLowerCase(), ...e.classList].join(".");
   const apart = e => e !== null && e !== root  // in a box that scrolls, or outside of the flow
     && (getComputedStyle(e).overflowX !== "visible" || getComputedStyle(e).position === "fixed" || apart(e.parentElement));
-  const wide = [...document.body.querySelectorAll("*")].filter(e => right(e) > innerWidth && !apart(e));
+  const wide = [...document.body.querySelectorAll("*")]
+    .filter(e => right(e) > innerWidth && getComputedStyle(e).position !== "fixed" && !apart(e.parentElement));
 
   const unset = e => !e.querySelector("mjx-container") || e.querySelector("mjx-merror, [data-mjx-error]");
   const raw = [], texts = document.createTreeWalker(document.querySelector("article") ?? document.body, NodeFilter.SHOW_TEXT);
