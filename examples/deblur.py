@@ -1,6 +1,6 @@
 """Blind deblurring: patches of one photograph as the prior, of another as the test; blur width and noise level unknown.
 
-    python examples/deblur.py            # writes examples/results/deblur; the trained prior stays in runs/deblur
+    python examples/deblur.py            # about 40 core-minutes; writes examples/results/deblur, and the prior into runs/deblur
 
 Scikit-learn has two photographs. A diffusion learns 16 x 16 patches of china.jpg (grey, the left four fifths). Patches of flower.jpg,
 another subject, are blurred and get noise, and :func:`~pyrodiff.inference.gibbs.particle_gibbs` draws (x, width, sigma) given one
@@ -20,19 +20,19 @@ it has under the Gaussian of the training patches. With :math:`M = C^{-1} + A^\\
 
 from __future__ import annotations
 
-import argparse
 import csv
 import functools
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from _common import command_line
 from torch import Tensor
 
 import pyrodiff
@@ -316,16 +316,30 @@ def draw(pictures: list[list[Tensor]], path: Path) -> None:
 
 def main(
     training: int = 4500,
-    n: int = 32,
+    problems: int = 32,
     sweeps: int = 60,
-    *,
     burn_in: int = 10,
     particles: int = 8,
     steps: int = 30,
+    tuning: int = 24,
     scored: int = 256,
     model: Path = MODEL,
     out: Path = RESULTS,
 ) -> None:
+    """Train, deblur, score.
+
+    Args:
+        training: steps of it.
+        problems: patches that are blurred.
+        sweeps: of particle Gibbs, for each of them.
+        burn_in: of those, how many are left out.
+        particles: of a sweep.
+        steps: of the chain.
+        tuning: patches on which total variation's weight is chosen.
+        scored: patches whose bound is told.
+        model: folder where the prior is kept, once trained.
+        out: folder of the results.
+    """
     left, right = split(photograph("china.jpg"))
     data, held_out, flower = patches(left, 60_000, seed=0), patches(right, scored, seed=1), photograph("flower.jpg")
     data[::2] = data[::2].flip(3)
@@ -350,11 +364,13 @@ def main(
     torch.manual_seed(2)
     for name, x in (("china.jpg, held out", held_out), ("flower.jpg", patches(flower, scored, seed=2))):
         lines.append(f"{name:20s}{pyrodiff.bits_per_dim(pyrodiff.elbo_terms(diffusion, x, t=16, repeats=2))}")
-    weight = tuned_weight(patches(left, 24, seed=5), seed=6)
+    weight = tuned_weight(patches(left, tuning, seed=5), seed=6)
     cpu = time.process_time()
-    rows, pictures = study(diffusion, moments, patches(flower, n, seed=3), weight, sweeps, burn_in, particles, steps)
+    rows, pictures = study(
+        diffusion, moments, patches(flower, problems, seed=3), weight, sweeps, burn_in, particles, steps
+    )
     lines += [
-        f"{n} patches of flower.jpg, {sweeps} sweeps ({burn_in} left out) of {particles} particles, {steps} steps; "
+        f"{problems} patches of flower.jpg, {sweeps} sweeps ({burn_in} left out) of {particles} particles, {steps} steps; "
         f"total variation's weight {weight}",
         *summary(rows),
         f"{sum(int(row['network_evaluations']) for row in rows):,} network evaluations, "
@@ -370,11 +386,20 @@ def main(
     print("\n".join(lines))
 
 
+def smoke(folder: Path) -> dict[str, Any]:
+    """A setting of seconds."""
+    sizes = {
+        "training": 2,
+        "problems": 2,
+        "sweeps": 3,
+        "burn_in": 1,
+        "particles": 2,
+        "steps": 3,
+        "tuning": 1,
+        "scored": 2,
+    }
+    return {**sizes, "model": folder / "model", "out": folder / "out"}
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--training", type=int, default=4500, help="steps")
-    parser.add_argument("--patches", type=int, default=32)
-    parser.add_argument("--sweeps", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    main(options.training, options.patches, options.sweeps, out=options.out)
+    command_line(main, smoke)

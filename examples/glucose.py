@@ -1,7 +1,7 @@
 r"""Gaps in a day of glucose readings, filled in under a sensor of unknown noise: a learned prior, and a Gaussian process beside it.
 
     pip install bokeh-sampledata scikit-learn        # the readings; the baseline
-    python examples/glucose.py                       # writes examples/results/glucose
+    python examples/glucose.py                       # about two core-minutes; writes examples/results/glucose
 
 The readings are those of one wearer of a continuous glucose monitor, one in five minutes for 200 days. A day is 96 means over 15
 minutes of the logarithm, less the wearer's mean at that time of day: x. Of a test day we are told
@@ -22,11 +22,9 @@ by CRPS (Gneiting and Raftery, 2007, eq. 21), and by how often an interval of 90
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from _common import command_line
 from numpy.typing import NDArray
 from pyro.distributions import LogNormal, MultivariateNormal, Normal, constraints
 from pyro.infer import SVI, Trace_ELBO
@@ -49,6 +48,7 @@ from pyrodiff.inference.smc import Posterior, smc
 
 Array = NDArray[np.float64]
 
+RESULTS = Path(__file__).resolve().parent / "results" / "glucose"
 POINTS = 96  # of a day, one in 15 minutes
 HOURS = np.arange(POINTS)[:, None] / 4
 GAPS = (4, 8, 16)  # of 1, 2 and 4 hours
@@ -618,9 +618,16 @@ def draw(series: Series, tasks: list[Task], found: dict[str, list[Draws]], path:
     plt.close(figure)
 
 
+def made_up(days: int = 24) -> tuple[Array, Array]:
+    """In the place of :func:`readings`: smooth noise about a daily rhythm."""
+    rng, clock = np.random.default_rng(2), np.arange(days * POINTS) % POINTS
+    smooth = np.convolve(rng.standard_normal(days * POINTS + 40), np.hanning(41), "valid") / 4
+    return 4.8 + 0.1 * np.sin(2 * np.pi * clock / POINTS) + 0.3 * smooth, clock.astype(float)
+
+
 def main(
-    out: str = "examples/results/glucose",
-    run: str = "runs/glucose",
+    out: Path = RESULTS,
+    run: Path = Path("runs") / "glucose",
     steps: int = 400,
     width: int = 32,
     windows: int = 1000,
@@ -631,12 +638,27 @@ def main(
     svi_steps: int = 300,
     draws: int = 400,
     seed: int = 0,
-    data: Callable[[], tuple[Array, Array]] = readings,
+    simulated: bool = False,
 ) -> str:
-    """The study; its text."""
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    log_glucose, clock = data()
+    """The study; its text.
+
+    Args:
+        out: folder of the results.
+        run: folder where the prior is kept, once trained.
+        steps: of training; 0: the Gaussian process itself as the diffusion.
+        width: of the UNet.
+        windows: test days at the most.
+        smc_days: of those, how many smc gets.
+        particles: of smc, for each sigma.
+        nodes: sigmas that smc gets for a day.
+        chain: steps of the chain that smc takes.
+        svi_steps: of the optimiser.
+        draws: of each posterior.
+        seed: of the tasks and of all that is drawn.
+        simulated: readings that are made up, which need no package.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    log_glucose, clock = made_up() if simulated else readings()
     train_end, validation_end = (int(end * len(log_glucose)) for end in ENDS)
     series = Series.of(log_glucose, clock, train_end)
     begins = starts(series.values, 0, train_end, longest=2)
@@ -652,7 +674,7 @@ def main(
         f"{nats(diffusion, x_t, at_t)}"
     ]
     if steps:
-        train(diffusion, series, begins, validation, steps, Path(run))
+        train(diffusion, series, begins, validation, steps, run)
     diffusion.eval().requires_grad_(False)
     told[0] += f", and that with the UNet's correction {nats(diffusion, x_t, at_t)}"
 
@@ -683,7 +705,7 @@ def main(
 
     some = [tasks[i] for i in chosen]
     rows, rows_of_part = scores(series, tasks, found), scores(series, some, part)
-    with open(folder / "gaps.csv", "w", newline="", encoding="utf-8") as stream:
+    with open(out / "gaps.csv", "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         for row in rows + [row for row in rows_of_part if row["method"] == "smc"]:
@@ -699,21 +721,17 @@ def main(
             noise_report(some, part),
         ]
     )
-    (folder / "results.txt").write_text(text + "\n", encoding="utf-8")
-    draw(series, tasks, found, folder / "days.png")
+    (out / "results.txt").write_text(text + "\n", encoding="utf-8")
+    draw(series, tasks, found, out / "days.png")
     print(text)
     return text
 
 
+def smoke(folder: Path) -> dict[str, Any]:
+    """A setting of seconds."""
+    sizes = {"steps": 3, "width": 8, "windows": 3, "particles": 8, "nodes": 2, "chain": 4, "svi_steps": 2}
+    return {**sizes, "simulated": True, "run": folder / "run", "out": folder / "out"}
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="examples/results/glucose")
-    parser.add_argument("--run", default="runs/glucose", help="where the prior is kept, once trained")
-    parser.add_argument(
-        "--steps", type=int, default=400, help="of training; 0: the Gaussian process itself as the diffusion"
-    )
-    parser.add_argument("--windows", type=int, default=1000, help="test days at the most")
-    parser.add_argument("--smc_days", type=int, default=2, help="of those, how many smc gets")
-    parser.add_argument("--particles", type=int, default=24, help="for each of three sigmas")
-    parser.add_argument("--chain", type=int, default=200, help="steps of the chain that smc takes")
-    main(**vars(parser.parse_args()))
+    command_line(main, smoke)

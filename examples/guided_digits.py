@@ -1,7 +1,7 @@
 """Classifier guidance: an unconditional model of the digits that is asked for a class.
 
     make demo                                       # trains the model, runs/digits
-    python examples/guided_digits.py runs/digits    # trains a classifier of noisy digits in a minute, and guides with it
+    python examples/guided_digits.py                # trains a classifier of noisy digits in a minute, and guides with it
 
 The classifier is half a UNet, trained by the same ``fit``: its programs say that x_t ~ q(x_t | x_0) and y ~ Categorical(net(x_t)).
 Its log-probability, times a scale w, bends the reverse chain towards log p(x) + w log p(y | x). How well that works is judged by
@@ -11,9 +11,11 @@ mean variance of a pixel within a class, next to that of real digits.
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
+from typing import Any
 
 import torch
+from _common import command_line, untrained
 
 import pyrodiff
 from pyrodiff import plots
@@ -22,7 +24,22 @@ from pyrodiff.training.metrics import fit_classifier
 SCALES = (0.0, 1.0, 3.0)
 
 
-def main(run: str, out: str = "guided_digits.png", steps: int = 600, per_class: int = 20, chain: str = "100") -> None:
+def main(
+    run: Path = Path("runs") / "digits",
+    out: Path = Path("guided_digits.png"),
+    steps: int = 600,
+    per_class: int = 20,
+    chain: int = 100,
+) -> None:
+    """Train the classifier, guide, judge.
+
+    Args:
+        run: folder of a trained model of the digits.
+        out: the picture.
+        steps: of training.
+        per_class: samples of each class at each scale.
+        chain: steps of a sample.
+    """
     diffusion, data = pyrodiff.load(run), pyrodiff.load_data("digits")
     classifier = pyrodiff.NoisyClassifier(
         pyrodiff.nets.Classifier(1, classes=10, width=32, multipliers=(1, 2), blocks=1, dropout=0.1),
@@ -67,7 +84,11 @@ def main(run: str, out: str = "guided_digits.png", steps: int = 600, per_class: 
     print(out)
 
 
+def smoke(folder: Path) -> dict[str, Any]:
+    """A setting of seconds."""
+    sizes = {"steps": 2, "per_class": 4, "chain": 3}
+    return {**sizes, "run": untrained(folder / "run", 20), "out": folder / "guided_digits.png"}
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python examples/guided_digits.py RUN [PICTURE]")
-    main(*sys.argv[1:3])
+    command_line(main, smoke)

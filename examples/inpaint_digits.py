@@ -1,18 +1,18 @@
 """Digits with half of their pixels missing: which digit it is, and what the pixels are, from one posterior.
 
     pyrodiff train digits --out runs/classes --net.width 16 --net.dropout 0.1 --net.conditional true --net.label_dropout 0.1 \
-        --schedule.steps 50 --model.variance learned_range --training.steps 4000    # 5 core-minutes
-    python examples/inpaint_digits.py runs/classes                                  # writes examples/results/inpaint_digits
+        --schedule.steps 50 --model.variance learned_range --training.steps 4000
+    python examples/inpaint_digits.py       # writes examples/results/inpaint_digits
 
 The model is p(class) p(x | class) p(y | x): ten diffusions in one network, and y the pixels that are seen, with a little noise. Sequential
 Monte Carlo gives p(y | class) with a standard error, and so p(class | y) by Bayes' rule; the pixels are the mixture over classes of the
 particles. Nothing is trained for the task: any pixels may be missing. Both answers are scored on test digits against what one would
-take otherwise: a classifier behind an imputer, a classifier of the very pixels that are seen, neighbours, and Gaussians.
+take otherwise: a classifier behind an imputer, a classifier of the very pixels that are seen, neighbours, and Gaussians. The training
+takes 5 core-minutes, the diffusion's answers 3.3 core-minutes.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import time
@@ -20,10 +20,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _common import command_line, untrained
 from torch import Tensor, nn
 
 import pyrodiff
@@ -33,6 +34,7 @@ from pyrodiff.inference.proposals import Twist
 from pyrodiff.inference.smc import FAMILIES, FEW, HEAVY, Posterior, smc
 from pyrodiff.training.data import ImageData
 
+RUN = Path("runs") / "classes"
 RESULTS = Path(__file__).resolve().parent / "results" / "inpaint_digits"
 NOISE = 0.2  # of the pixels seen; a level is 0.125
 LEVEL = 0.125
@@ -413,8 +415,18 @@ def draw(
 
 
 def main(
-    run: str, digits: int = 60, particles: int = 32, repeats: int = 2, steps: int = STEPS, out: Path = RESULTS
+    run: Path = RUN, digits: int = 60, particles: int = 32, repeats: int = 2, steps: int = STEPS, out: Path = RESULTS
 ) -> None:
+    """Fill in, classify, score.
+
+    Args:
+        run: folder of a trained model.
+        digits: test digits, each with one mask.
+        particles: of sequential Monte Carlo.
+        repeats: of it, from which the standard errors come.
+        steps: of the chain that is inferred with.
+        out: folder of the results.
+    """
     diffusion, data = pyrodiff.load(run).respace(steps), pyrodiff.load_data("digits")
     diffusion.reverse_kernel.net = Told(diffusion.net)
     todo, classes = cases(data, digits), int(data.train_labels.max()) + 1
@@ -465,12 +477,11 @@ def main(
     print(f"\n{text}\n\n{out}")
 
 
+def smoke(folder: Path) -> dict[str, Any]:
+    """A setting of seconds."""
+    sizes = {"digits": 4, "particles": 25, "steps": 4}
+    return {**sizes, "run": untrained(folder / "run", 4, classes=10, label_dropout=0.1), "out": folder / "out"}
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
-    parser.add_argument("--digits", type=int, default=60)
-    parser.add_argument("--particles", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the chain that is inferred with")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    main(**vars(parser.parse_args()))
+    command_line(main, smoke)

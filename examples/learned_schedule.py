@@ -1,6 +1,6 @@
 """What VDM found about schedules in continuous time, on small data: writes docs/continuous_time/*.csv and a picture.
 
-    python examples/learned_schedule.py            # about six minutes on one core
+    python examples/learned_schedule.py            # two to three core-minutes
 
 * The bound depends on a schedule's two ends and not on its interior.
 * With T steps it is above that of continuous time, and falls to it.
@@ -12,20 +12,22 @@ Diffusion Models (Kingma et al., 2021), sections 5 and 6, figure 4. https://arxi
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from _common import command_line
 from torch import Tensor, nn
 
 import pyrodiff
 from pyrodiff import GaussianDiffusion, LogLinearSchedule, bits_per_dim, elbo_terms
 from pyrodiff.schedules import Curve, LearnedSchedule, Schedule
 
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "continuous_time"
 PUBLISHED = {"beta-linear": 31.6, "cosine": 31.1, "log-linear": 6.35, "learned": 0.53}  # Var(bits/dim), VDM figure 4
 
 
@@ -147,11 +149,17 @@ def finite(diffusion: GaussianDiffusion, x0: Tensor, lengths: list[int]) -> dict
     return found | {0: (bound.mean, bound.se_noise)}
 
 
-def main(
-    out: str = "docs/continuous_time", steps: int = 1000, images: int = 150, nodes: int = 64, seed: int = 0
-) -> None:
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+def main(out: Path = RESULTS, steps: int = 1000, images: int = 150, nodes: int = 64, seed: int = 0) -> None:
+    """Train, measure, draw.
+
+    Args:
+        out: folder of the tables and the picture.
+        steps: of training.
+        images: of the test set; ten times as many points of the plane.
+        nodes: of the quadrature over time.
+        seed: of training and of the noise.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     variances: list[dict[str, object]] = []
     bounds: list[dict[str, object]] = []
     curves = {}
@@ -174,14 +182,14 @@ def main(
         least = least_variance(with_schedule(diffusion, curves[name, "log-linear"]), x0, nodes)
         variances.append({"data": name, "interior": "(least possible)", "variance": least})
     for file, rows in (("variance.csv", variances), ("finite_T.csv", bounds)):
-        with open(folder / file, "w", newline="", encoding="utf-8") as stream:
+        with open(out / file, "w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             for row in rows:
                 writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
     for row in variances:
         print("  ".join(f"{f'{v:.4g}' if isinstance(v, float) else v!s:>16s}" for v in row.values()))
-    draw(curves, bounds, folder / "schedules.png")
+    draw(curves, bounds, out / "schedules.png")
 
 
 def draw(curves: dict[tuple[str, str], Schedule], bounds: list[dict[str, object]], path: Path) -> None:
@@ -212,8 +220,10 @@ def draw(curves: dict[tuple[str, str], Schedule], bounds: list[dict[str, object]
     plt.close(figure)
 
 
+def smoke(folder: Path) -> dict[str, Any]:
+    """A setting of seconds."""
+    return {"out": folder, "steps": 2, "images": 2, "nodes": 4}
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="docs/continuous_time")
-    parser.add_argument("--steps", type=int, default=1000, help="of training")
-    main(**vars(parser.parse_args()))
+    command_line(main, smoke)

@@ -1,6 +1,5 @@
 """``compare_estimators`` and ``pyrodiff compare``: one call, every table, files that open elsewhere."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -167,25 +166,3 @@ def test_the_command(tmp_path, capsys, x0):
 def test_the_tree_takes_tables(comparison, diffusion):
     tree = to_datatree(comparison.terms, diffusion=diffusion, tables={"estimators": comparison.values})
     assert tree["estimators"].dataset.sizes and "variance" in tree["estimators"].dataset
-
-
-@pytest.mark.slow
-def test_the_study_runs_from_one_command(tmp_path):
-    script = ROOT / "examples" / "kl_study.py"
-    command = [
-        sys.executable,
-        str(script),
-        "--quick",
-        "--data",
-        "gaussian",
-        "mixture",
-        "--out",
-        str(tmp_path / "study"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    page = (tmp_path / "study.md").read_text(encoding="utf-8")
-    assert "## At one random timestep, take the analytic KL" in page and "nan" not in page.split("## More chains")[0]
-    for line in page.splitlines():
-        if line.startswith("!["):
-            assert (tmp_path / line.split("](")[1].rstrip(")")).is_file()

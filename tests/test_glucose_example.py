@@ -1,9 +1,8 @@
-"""The glucose example: its scores against closed forms, its splits, and all of it on a made-up wearer."""
+"""The glucose example: its scores against closed forms, its splits, its parts."""
 
-import importlib.util
+import importlib
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +16,8 @@ DAY = 96
 
 
 @pytest.fixture
-def glucose(monkeypatch):
-    spec = importlib.util.spec_from_file_location("glucose", Path(__file__).parents[1] / "examples" / "glucose.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "glucose", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def glucose():
+    return importlib.import_module("glucose")
 
 
 def gaussian_crps(mean, std, y):
@@ -75,19 +70,12 @@ def test_windows_have_no_long_holes_and_do_not_overlap(glucose):
 
 
 def test_units_come_from_the_training_part_alone(glucose):
-    values, clock = wearer()
+    values, clock = glucose.made_up()
     later = values.copy()
     later[800:] += 5
     one, other = (glucose.Series.of(v, clock, 800) for v in (values, later))
     assert one.scale == other.scale and np.array_equal(one.coefficients, other.coefficients)
     np.testing.assert_allclose(np.log(one.mg_dl(one.values[500 : 500 + DAY], 500)), values[500 : 500 + DAY])
-
-
-def wearer(days=24):
-    """Smooth noise about a daily rhythm."""
-    rng, clock = np.random.default_rng(2), np.arange(days * DAY) % DAY
-    smooth = np.convolve(rng.standard_normal(days * DAY + 40), np.hanning(41), "valid") / 4
-    return 4.8 + 0.1 * np.sin(2 * np.pi * clock / DAY) + 0.3 * smooth, clock.astype(float)
 
 
 def process_and_task(glucose):
@@ -197,25 +185,6 @@ def test_sigma_by_quadrature(glucose, monkeypatch):
     assert mean == pytest.approx(float(centre), abs=0.02 * float(spread))
     assert math.sqrt(w @ (log_sigma - mean) ** 2) == pytest.approx(float(spread), rel=0.02)
     assert draws.families == pytest.approx(4 / np.square(w.reshape(9, 2).sum(1)).sum())
-
-
-def test_the_study_runs(glucose, tmp_path):
-    text = glucose.main(
-        str(tmp_path),
-        str(tmp_path / "run"),
-        steps=3,
-        width=8,
-        windows=3,
-        particles=8,
-        nodes=2,
-        chain=4,
-        svi_steps=2,
-        data=wearer,
-    )
-    assert all(f"\n{gap}" in text for gap in ("1 h", "2 h", "4 h", "all")) and "all 3 days" in text
-    assert (tmp_path / "days.png").read_bytes().startswith(b"\x89PNG")
-    assert len((tmp_path / "gaps.csv").read_text().splitlines()) == 1 + 3 * 9 + 2 * 3  # smc has two days
-    assert (tmp_path / "results.txt").read_text() == text + "\n"
 
 
 def test_a_missing_package_is_named(glucose, monkeypatch):

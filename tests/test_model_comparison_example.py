@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
 import pyrodiff
-from pyrodiff import GaussianDiffusion
 from pyrodiff.inference.observe import observation
 
 F64 = torch.float64
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def example():
     return importlib.import_module("model_comparison")
 
 
@@ -91,15 +86,3 @@ def test_the_wiener_filter_is_the_posterior_mean(example):
     precision = torch.linalg.inv(covariance)
     exact = torch.linalg.solve(precision + torch.eye(4) / example.STD**2, precision @ mean + y / example.STD**2)
     torch.testing.assert_close(example.wiener(mean, covariance, y), exact)
-
-
-def test_it_runs(example, tmp_path, capsys):
-    net = pyrodiff.nets.UNet(1, width=8, multipliers=(1, 2), blocks=1, classes=10, label_dropout=0.1)
-    schedule = pyrodiff.LogLinearSchedule(4, -4.0, 4.0)
-    pyrodiff.save(tmp_path / "run", GaussianDiffusion(net, schedule, (1, 8, 8), prediction="v", bins=(17, -1.0, 1.0)))
-    example.main(str(tmp_path / "run"), digits=4, particles=25, repeats=2, steps=4, out=tmp_path / "out")
-    text = (tmp_path / "out" / "results.txt").read_text()
-    assert "truth: outliers, 2 data sets" in text and text.strip() in capsys.readouterr().out
-    rows = list(csv.reader((tmp_path / "out" / "cases.csv").read_text().splitlines()))
-    assert len(rows) == 5 and len({len(row) for row in rows}) == 1
-    assert (tmp_path / "out" / "log_ratios.png").read_bytes().startswith(b"\x89PNG")
