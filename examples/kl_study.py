@@ -299,8 +299,8 @@ class LearnedSchedule(Schedule):
 
 def gradients(subject: Subject, out: Path, quick: bool) -> None:
     """Gradient estimators of the mixture's model: of its network; of a schedule, data from an encoder, and a reward of samples."""
-    repeats, T = (2, 2) if quick else (100, 10)
-    timesteps = (1, 2) if quick else (1, 2, 5, 10)
+    repeats, T = (4, 3) if quick else (100, 10)
+    timesteps = (1, 3) if quick else (1, 2, 5, 10)
     tables = []
     for stage in STAGES:
         model = with_schedule(subject.models[stage], schedule("log-linear", T, subject.low, subject.high))

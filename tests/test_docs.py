@@ -1,4 +1,4 @@
-"""The documentation's sources: pages, links, and Python that no other test runs. (`make docs` executes the course.)"""
+"""The documentation's sources: pages and links. (`make docs` executes the course.)"""
 
 import importlib
 import inspect
@@ -29,7 +29,6 @@ SHAPES_ELSEWHERE = {
     "pyrodiff.schedules": {"Curve", "LogLinearSchedule", "RespacedSchedule"},  # Schedule
     "pyrodiff.training.ema": {"EMA"},  # a module's parameters
 }
-RUN = ["from_pytorch.md", "from_a_pyro_vae.md", "extending.md"]  # whose blocks no other test runs
 
 
 def cells(page: Path) -> list[str]:
@@ -60,7 +59,7 @@ def test_links_lead_to_files(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parts[0] in SEEN], ids=str)
 def test_pictures_of_the_course_say_what_to_see(page):
     text = (DOCS / page).read_text(encoding="utf-8")
-    pictures = [m.end() for m in re.finditer(r"plt\.show\(\)\n```\n\n", text)]
+    pictures = [m.end() for m in re.finditer(r"(?:plt\.show|display)\(.*\)\n```\n\n", text)]
     assert all(text[end:].startswith(SEEN[page.parts[0]]) for end in pictures)
     for cell in cells(page):
         compile(cell.replace(":tags: [hide-input]", ""), str(page), "exec")
@@ -97,11 +96,19 @@ def test_links_of_the_readmes_lead_to_files(page):
         assert "://" in target or (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", RUN)
-def test_the_python_of_a_page_runs(page):
-    scope: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL):
-        exec(compile(block, page, "exec"), scope)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parts[0] in SEEN], ids=str)
+def test_a_chapter_ends_with_a_link_to_the_next(page):
+    """The last one: to the pages on its matter; the last in Chinese: to the English next one."""
+    chapters = [chapter.name for chapter in sorted((DOCS / "course").glob("*.md"))]
+    after = [*chapters, "../inference.md"][chapters.index(page.name) + 1]
+    last = (DOCS / page).read_text(encoding="utf-8").rstrip().rsplit("\n\n", 1)[1]
+    assert re.match(r"(Next|More|下一章(（英文）)?)[:：]\s?\[", last) and after in last
+
+
+def test_the_picture_of_the_programs_is_pyros():
+    """Of the chapter on model and guide."""
+    (cell,) = [cell for cell in cells(Path("course/04_model_and_guide.md")) if "display(" in cell]
+    assert "pyro.render_model(program" in cell
 
 
 def test_the_reference_has_every_public_module():
