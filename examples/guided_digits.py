@@ -1,7 +1,7 @@
 """Classifier guidance: an unconditional model of the digits that is asked for a class.
 
     make demo                                       # trains the model, runs/digits
-    python examples/guided_digits.py                # trains a classifier of noisy digits in a minute, and guides with it
+    python examples/guided_digits.py                # trains a classifier of noisy digits, and guides with it; about 90 core-seconds
 
 The classifier is half a UNet, trained by the same ``fit``: its programs say that x_t ~ q(x_t | x_0) and y ~ Categorical(net(x_t)).
 Its log-probability, times a scale w, bends the reverse chain towards log p(x) + w log p(y | x). How well that works is judged by

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -289,11 +287,3 @@ def test_the_picture_names_what_leaves_the_band():
     np.testing.assert_allclose(named.get_ydata(), result.coverage[1].numpy() - share, atol=1e-12)
     with pytest.raises(OptionError, match="alpha"):
         plots.calibration(result, 0.0)
-
-
-def test_the_page_runs(capsys):
-    page = (Path(__file__).parents[1] / "docs" / "calibration.md").read_text("utf-8")
-    scope: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
-        exec(compile(block, "calibration.md", "exec"), scope)
-    assert "SBC: 40 simulations" in capsys.readouterr().out

@@ -1,6 +1,9 @@
-"""Every block of code in the documents: Python runs, and commands have the options they are given."""
+"""Every block of code in the documents: Python runs, commands have the options they are given, every public name has an example."""
 
+import ast
+import doctest
 import importlib
+import inspect
 import math
 import re
 import shlex
@@ -54,6 +57,14 @@ PRINTS = {
 
 # What a page takes for given.
 GIVEN = {
+    "docs/course/07_images.md": """
+import torch
+import pyrodiff
+
+digits = pyrodiff.load_data("digits")
+net = pyrodiff.nets.UNet(channels=1, width=8, multipliers=(1,), blocks=1)
+diffusion = pyrodiff.GaussianDiffusion(net, pyrodiff.CosineSchedule(10), (1, 8, 8), bins=digits.bins)
+""",
     "docs/score_a_checkpoint.md": """
 import torch
 import pyrodiff
@@ -72,7 +83,7 @@ theirs = pyrodiff.GaussianDiffusion(
 )
 guided_diffusion.save("model_ema.pt", theirs)
 images = torch.randint(256, (2, 3, 32, 32)) / 127.5 - 1
-"""
+""",
 }
 SLOW = {"README.md", "docs/index.md", "docs/continuous_time.md", "docs/inference.md", "docs/likelihood.md"}
 
@@ -97,12 +108,16 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     exec(GIVEN.get(page, ""), scope)
     printed = ""
     for block in blocks(page, "python"):
-        code = block[2]
+        code, line = block[2], PAGES[page].count("\n", 0, block.start(2))
         for size, here in SMALLER.get(page, {}).items():
             code = code.replace(size, here)
-        # errors show the line of the page
-        code = "\n" * PAGES[page].count("\n", 0, block.start(2)) + code
-        exec(compile(code, page, "exec"), scope)
+        if code.startswith(">>> "):
+            test = doctest.DocTestParser().get_doctest(code, scope, page, page, line)
+            failed = doctest.DocTestRunner(verbose=False).run(test, clear_globs=False).failed
+            assert not failed, capsys.readouterr().out
+            scope |= test.globs
+        else:
+            exec(compile("\n" * line + code, page, "exec"), scope)  # errors show the line of the page
         new = capsys.readouterr().out
         said = BLOCK.match(PAGES[page], block.end() + 2)
         if said and said[1] == "text":
@@ -152,3 +167,88 @@ def test_a_command_has_the_options_it_is_given(words, tmp_path, monkeypatch):
         assert set(rest) <= set(targets)
     else:
         assert program in {"pip", "curl", "git", "cd", "python", "ruff"}, "a command that is not known here"
+
+
+# ---------------------------------------------------------------------- every public name in an example
+
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "pyrodiff").rglob("[!_]*.py")
+)
+# Inner parts of functions that have examples, public because another module takes them.
+WITHIN = {
+    "pyrodiff.inference.predictive": {"joined", "known", "outlook"},  # guide_draws
+    "pyrodiff.inference.proposals": {"per_particle"},  # smc
+    "pyrodiff.inference.smc": {"Source", "Walk", "prepare", "walk"},  # smc
+    "pyrodiff.interop.guided_diffusion": {"load_classifier"},  # of a file of theirs
+    "pyrodiff.laboratory.budget": {"Design", "Wiener", "terms"},  # estimate_elbo
+    "pyrodiff.laboratory.gradients": {"Estimator", "Question", "gradient", "questions"},  # compare_gradients
+    "pyrodiff.nets.encoder": {"Block", "Encoder", "Layers", "Level"},  # UNet
+    "pyrodiff.report": {"report"},  # the command's train
+}
+
+
+def public() -> dict[int, tuple[str, str, object]]:
+    """By id: the module that defines a public object, its name, and itself."""
+    found: dict[int, tuple[str, str, object]] = {}
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for key in module.__all__:
+            item = getattr(module, key)
+            if getattr(item, "__module__", name) == name:
+                found.setdefault(id(item), (name, key, item))
+    return found
+
+
+def named(code: str) -> set[int]:
+    """Ids of what code names of the library, however it is imported."""
+    tree, known = ast.parse(code), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] == "pyrodiff":
+                    whole, top = importlib.import_module(alias.name), importlib.import_module("pyrodiff")
+                    known |= {alias.asname: whole} if alias.asname else {"pyrodiff": top}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "pyrodiff":
+            module = importlib.import_module(node.module)
+            known |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
+
+    def object_of(node: ast.expr) -> object:
+        if isinstance(node, ast.Name):
+            return known.get(node.id)
+        owner = object_of(node.value) if isinstance(node, ast.Attribute) else None
+        return getattr(owner, node.attr, None) if inspect.ismodule(owner) or inspect.isclass(owner) else None
+
+    return {id(object_of(node)) for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute)}
+
+
+def returned(item: object) -> set[str]:
+    """Names of the classes that a function returns, or a class's methods and properties."""
+    members = (
+        [value for kind in inspect.getmro(item) for value in vars(kind).values()] if inspect.isclass(item) else [item]
+    )
+    functions = [getattr(member, "fget", None) or getattr(member, "__func__", member) for member in members]
+    notes = [str(getattr(function, "__annotations__", {}).get("return", "")) for function in functions]
+    notes += [str(note) for note in getattr(item, "__annotations__", {}).values()] if inspect.isclass(item) else []
+    return set(re.findall(r"\w+", " ".join(notes)))
+
+
+def test_every_public_name_has_an_example_that_runs():
+    """In the documents, the course or examples/: it is named there, or its objects come from what is."""
+    code = [path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.py")]
+    for page in PAGES:
+        parts = [block[2] for block in blocks(page, "python", "{code-cell} ipython3")]
+        tags = re.compile(r"^:tags:.*$", flags=re.MULTILINE)
+        plain = [doctest.script_from_examples(p) if p.startswith(">>> ") else tags.sub("", p) for p in parts]
+        code.append("\n".join(plain))
+    items = public()
+    classes = {name: key for key, (_, name, item) in items.items() if inspect.isclass(item)}
+    shown: set[int] = set()
+    new = set().union(*map(named, code)) & set(items)
+    while new:
+        shown |= new
+        new = {classes[name] for key in new for name in returned(items[key][2]) if name in classes} - shown
+    lacking: dict[str, set[str]] = {}
+    for key, (module, name, _) in items.items():
+        if key not in shown:
+            lacking.setdefault(module, set()).add(name)
+    assert lacking == WITHIN

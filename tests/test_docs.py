@@ -142,6 +142,48 @@ def test_docstrings_of_the_reference_say_shapes(name):
     assert silent == SHAPES_ELSEWHERE.get(name, set())
 
 
+# What quantities with a unit are called, what is a number, and what tells the unit.
+QUANTITY = re.compile(
+    r"log_(prob|z|evidence|weight|likelihood|snr|twist)|evidence|elbo|bits|(^|_)kl($|_)|bound|densit|nats|loss|entropy|divergence"
+    r"|(^|_)se_|standard_error|(^|_)(error|noise_std)$|information|distance|variance|scale$"
+)
+NUMBER = re.compile(r"Tensor|float|Estimate|BitsPerDim|LogLikelihood|ELBOTerms|Evidence")
+UNIT = re.compile(r"\bnats?\b|\bbits?\b|\bseconds?\b|\bunits?\b|\blevels?\b|log-SNR|logarithm")
+
+
+def told(item: object) -> list[tuple[str, str]]:
+    """Quantities that a function or class returns or has: each name, and the text that is to say its unit."""
+    text = inspect.getdoc(item) or ""
+    returns = getattr(item, "__annotations__", {}).get("return", "")
+    if inspect.isfunction(item):
+        return [(item.__name__, text)] if QUANTITY.search(item.__name__) and NUMBER.search(str(returns)) else []
+    found = []
+    for name, member in vars(item).items():
+        function = getattr(member, "fget", member)
+        kind = str(getattr(function, "__annotations__", {}).get("return", ""))
+        if inspect.isfunction(function) and name[0] != "_" and QUANTITY.search(name) and NUMBER.search(kind):
+            found.append((name, (inspect.getdoc(function) or "") + text))
+    opening = re.split(r"\n *(?:Attributes|Args):\n", text)[0]
+    for name, kind in getattr(item, "__annotations__", {}).items():
+        if name[0] != "_" and QUANTITY.search(name) and NUMBER.search(str(kind)):
+            entry = re.search(rf"^ +(?:\w+, )*{name}\b[^:\n]*:(.*(?:\n {{8,}}.*)*)", text, flags=re.MULTILINE)
+            found.append((name, opening + (entry[1] if entry else "")))
+    return found
+
+
+def test_docstrings_of_the_reference_say_units():
+    """Of what is a number with a unit: a property by its own words or its class's, an attribute by its entry or the class's opening."""
+    checked, silent = 0, set()
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for item in (getattr(module, key) for key in module.__all__):
+            if getattr(item, "__module__", "") == name and (inspect.isclass(item) or inspect.isfunction(item)):
+                quantities = told(item)
+                checked += len(quantities)
+                silent |= {f"{name}.{item.__name__}: {q}" for q, text in quantities if not UNIT.search(text)}
+    assert checked >= 40 and not silent
+
+
 def test_the_page_on_architecture_names_what_there_is():
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)\.py` \| (.*?) \|", page, flags=re.MULTILINE)

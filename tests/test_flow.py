@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -564,13 +562,3 @@ def test_denoising_between_the_steps():
     torch.testing.assert_close(
         exact.denoise_at(x, log_snr), exact.net.posterior_mean(x, alpha, var), rtol=0, atol=1e-12
     )
-
-
-def test_the_document_runs(capsys):
-    scope = {}
-    text = (Path(__file__).parents[1] / "docs" / "likelihood.md").read_text("utf-8")
-    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-        exec(compile(block, "likelihood.md", "exec"), scope)
-    assert scope["probed"].shape == (16, 4) and scope["gap"].shape == (4, 4)
-    torch.testing.assert_close(scope["back"], scope["x0"], rtol=0, atol=1e-3)
-    assert capsys.readouterr().out.count("over images") == 2

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -366,13 +365,6 @@ def test_respaced_chains_share_the_ends():
 
 
 # ---------------------------------------------------------------------- the page and the example
-
-
-def test_the_pages_code_runs():
-    text = (ROOT / "docs" / "continuous_time.md").read_text(encoding="utf-8")
-    scope = {}
-    exec(compile(re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1], "continuous_time.md", "exec"), scope)
-    assert math.isfinite(scope["loss"]) and scope["images"].shape == (4, 1, 8, 8) and scope["chain"].steps == 100
 
 
 def test_the_examples_curves_for_the_schedules_of_others_have_the_slope_they_say():

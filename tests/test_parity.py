@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -255,14 +254,6 @@ def test_the_exact_decoder_does_not_lean_on_float32(run):
     )
     assert exact.max() < 5e-6
     assert (tanh.min() > 0.19) if run == "b" else (tanh.max() < 5e-6)
-
-
-def test_the_documentations_decoders(capsys):
-    code, printed = re.search(
-        r"```python\n(.*?)```\n\n```text\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), flags=re.DOTALL
-    ).groups()
-    exec(compile(code, str(DOCUMENTATION), "exec"), {})
-    assert capsys.readouterr().out == printed
 
 
 def test_their_decoder_needs_bins_and_two_steps():

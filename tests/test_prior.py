@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pyro
@@ -1104,13 +1102,3 @@ def test_bias_of_steps_refuses():
         steps_bias(DiffusionPrior(gaussian(3)), torch.zeros(1, 1))
     with pytest.raises(OptionError, match="timesteps=0"):
         steps_bias(DiffusionPrior(gaussian(3)), torch.zeros(2, 1), timesteps=0)
-
-
-def test_the_page_on_inference_runs(capsys):
-    page = (Path(__file__).parents[1] / "docs" / "inference.md").read_text(encoding="utf-8")
-    scope: dict[str, object] = {}
-    for block in re.findall(r"(?<!<!-- skip -->\n)```python\n(.*?)```", page, flags=re.DOTALL):
-        exec(compile(block, "inference.md", "exec"), scope)
-    assert "100 steps: the bound is" in capsys.readouterr().out
-    assert math.isfinite(scope["log_evidence"]) and scope["model_"].unbiased is False
-    assert all(program.unbiased for program in scope["whole"])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyro
@@ -885,14 +883,6 @@ def test_mistakes_are_named():
         smc(learned, observed(), 10, proposal="mcgdiff")
     with pytest.raises(OptionError, match="n=0"):
         smc(diffusion, seen, 10, seed=0).sample(0)
-
-
-def test_the_page_runs():
-    page = (Path(__file__).parents[1] / "docs" / "inference_smc.md").read_text("utf-8")
-    scope: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
-        exec(compile(block, "inference_smc.md", "exec"), scope)
-    assert scope["found"].parameters["sigma"].shape == (10,)
 
 
 def test_mistakes_of_operators():

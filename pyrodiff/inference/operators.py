@@ -197,12 +197,12 @@ def _sides(event_shape: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class LinearGaussian:
-    r"""The observation :math:`y = A x_0 + \sigma_y \epsilon`: called with ``[N, *event]``, log p(y | x_0), ``[N]``, float64.
+    r"""The observation :math:`y = A x_0 + \sigma_y \epsilon`: called with ``[N, *event]``, log p(y | x_0), ``[N]``, nats.
 
     Args:
         operator: A.
         y: what was observed, ``[*observed]``.
-        noise_std: :math:`\sigma_y`; 0 is an exact observation, which has no density given x_0, but one given x_1.
+        noise_std: :math:`\sigma_y`, in units of y; 0 is an exact observation, which has no density given x_0, but one given x_1.
 
     Raises:
         ShapeError: y has another shape.

@@ -75,7 +75,7 @@ class GuideDraws:
 
     Attributes:
         outlook: of the plain model.
-        log_weights: ``[S]``, float64, or None.
+        log_weights: ``[S]``, nats, float64, or None.
         no_weights: why there are none; empty where there are.
     """
 

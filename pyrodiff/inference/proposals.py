@@ -71,7 +71,7 @@ class Look(NamedTuple):
     Attributes:
         mean, std: of p(x_s | x_t), ``[N, *event]``.
         shift: of the proposal's mean, in standard deviations, ``[N, *event]``.
-        log_twist: ``[N]``, float64.
+        log_twist: ``[N]``, nats, float64.
     """
 
     mean: Tensor
@@ -91,7 +91,7 @@ class Steer(NamedTuple):
         given: what the network says, of which p is made.
         guided: what classifier-free guidance makes of it.
         gradient: of the log-twist, ``[N, *event]``.
-        log_twist: ``[N]``, float64.
+        log_twist: ``[N]``, nats, float64.
     """
 
     given: Prediction

@@ -66,7 +66,7 @@ class Posterior:
     Attributes:
         method: how they were made.
         particles: ``[R, N, *event]``.
-        log_weights: ``[R, N]``, float64, not normalised: their mean weight is Z-hat.
+        log_weights: ``[R, N]``, nats, float64, not normalised: their mean weight is Z-hat.
         ess: effective number of weights before any resampling at t = T, ..., 1 and at x_0, ``[R, T + 1]``.
         pareto_k: Pareto's k-hat of the same weights, ``[R, T + 1]``; NaN for N < 25.
         families: effective number of x_T that the weight descends from, ``[R]``.
@@ -304,7 +304,7 @@ class Walk(NamedTuple):
 
     Attributes:
         x0: ``[R N, *event]``.
-        log_weights: ``[R, N]``, float64.
+        log_weights: ``[R, N]``, nats, float64.
         ess, pareto_k: ``[R, T + 1]``.
         families: ``[R]``.
         path: x_T, ..., x_0 of one particle of each repeat, drawn by the final weights, ``[T + 1, R, *event]``; empty if not asked.

@@ -180,6 +180,9 @@ def feature_distance(classifier: ImageClassifier, real: Tensor, other: Tensor) -
         real: images, ``[N, C, H, W]``.
         other: images, ``[M, C, H, W]``; M = N for comparable numbers.
 
+    Returns:
+        As :func:`frechet_distance`, in squared units of the features.
+
     Raises:
         ShapeError: the images do not fit the classifier, or a set has fewer than two.
     """
@@ -197,7 +200,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
         features_b: ``[M, F]``, M >= 2.
 
     Returns:
-        The distance, computed in float64; exactly 0 for equal sets.
+        The distance, in squared units of the features, computed in float64; exactly 0 for equal sets.
 
     Raises:
         ShapeError: the sets are no matrices of as many columns, or have fewer than two rows.
