@@ -202,7 +202,7 @@ def train(
             models[stage], done = pyrodiff.load(folder), end
             diffusion.load_state_dict(models[stage].state_dict())
             continue
-        count = max(2, (end - done) // (50 if quick else 1))
+        count = max(2, (end - done) // (500 if quick else 1))
         pyrodiff.fit(
             diffusion, data, steps=count, seed=end, warmup=min(50, count), ema_decay=0.998, timesteps="importance",
             weight_decay=0.01, device="cpu", progress=sys.stderr.isatty(), **options,
@@ -792,7 +792,7 @@ def recommendations(t: Tables) -> list[str]:
 
 
 def main(
-    data: list[Literal["gaussian", "mixture", "digits", "images"]] = list(SUBJECTS),  # noqa: B006, RUF100
+    data: tuple[Literal["gaussian", "mixture", "digits", "images"], ...] = tuple(SUBJECTS),
     out: Path = ROOT / "docs" / "kl_study",
     quick: bool = False,
     report_only: bool = False,
@@ -830,7 +830,7 @@ def main(
 
 def smoke(folder: Path) -> dict[str, Any]:
     """A setting of seconds."""
-    return {"data": ["gaussian", "mixture"], "quick": True, "out": folder / "study"}
+    return {"data": ("gaussian", "mixture"), "quick": True, "out": folder / "study"}
 
 
 if __name__ == "__main__":

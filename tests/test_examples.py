@@ -130,6 +130,16 @@ def test_the_smoke_test_of_an_example_sets_what_there_is(tmp_path, path):
     assert _common.parser(module.main).parse_args(["--smoke-test"]).smoke_test
 
 
+def test_the_study_links_to_the_functions_that_wrote_it():
+    study = importlib.import_module("kl_study")
+    page = (ROOT / "docs" / "kl_study.md").read_text(encoding="utf-8")
+    found = re.findall(r"\[`(\w+)`\]\(\.\./examples/kl_study\.py#L(\d+)\)", page)
+    assert {name: inspect.getsourcelines(getattr(study, name))[1] for name, _ in found} == {
+        n: int(at) for n, at in found
+    }
+    assert len(found) == len(study.CLAIMS)
+
+
 # ---------------------------------------------------------------------- the library in one file
 
 
