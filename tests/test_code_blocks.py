@@ -85,7 +85,13 @@ guided_diffusion.save("model_ema.pt", theirs)
 images = torch.randint(256, (2, 3, 32, 32)) / 127.5 - 1
 """,
 }
-SLOW = {"README.md", "docs/index.md", "docs/continuous_time.md", "docs/inference.md", "docs/likelihood.md"}
+SLOW = {
+    "README.md",
+    *(
+        f"docs/{name}.md"
+        for name in ("calibration", "continuous_time", "index", "inference", "inference_smc", "likelihood")
+    ),
+}
 
 
 def blocks(page: str, *languages: str) -> list[re.Match[str]]:
