@@ -20,7 +20,7 @@ from pyro.optim import Adam
 from torch import Tensor, nn
 
 T = 50
-# Tables in float64, rounded once: in float32 the first steps would lose their digits. beta[t] for t = 1..T.
+# Tables in float64, rounded once to the data's dtype: in float32 the first steps would lose their digits. beta[t] for t = 1..T.
 beta = torch.cat([torch.zeros(1), torch.linspace(1e-4 * 1000 / T, 0.02 * 1000 / T, T, dtype=torch.float64)]).double()
 alpha_bar = (1 - beta).cumprod(0)  # alpha_bar[0] = 1: data
 
@@ -33,7 +33,7 @@ def at(table: Tensor, t: int | Tensor) -> Tensor:
 def marginal(x0: Tensor, t: int | Tensor) -> dist.TorchDistribution:
     """q(x_t | x_0), the rule: eq. 4."""
     a_t = at(alpha_bar, t)
-    return dist.Normal(a_t.sqrt().float() * x0, (1 - a_t).sqrt().float()).to_event(1)
+    return dist.Normal(a_t.sqrt().to(x0) * x0, (1 - a_t).sqrt().to(x0)).to_event(1)
 
 
 def posterior_mean_std(x0: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def posterior_mean_std(x0: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor
     t = torch.as_tensor(t)
     a_t, a_s, b_t = at(alpha_bar, t), at(alpha_bar, t - 1), at(beta, t)
     of_x0, of_x_t = a_s.sqrt() * b_t / (1 - a_t), (1 - b_t).sqrt() * (1 - a_s) / (1 - a_t)
-    return of_x0.float() * x0 + of_x_t.float() * x_t, (b_t * (1 - a_s) / (1 - a_t)).sqrt().float()
+    return of_x0.to(x0) * x0 + of_x_t.to(x0) * x_t, (b_t * (1 - a_s) / (1 - a_t)).sqrt().to(x0)
 
 
 class Denoiser(nn.Module):
@@ -56,7 +56,7 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         eps_hat = self.leave(self.hidden(self.enter(x_t) + self.time(torch.as_tensor(t))))
         a_t = at(alpha_bar, t)
-        return x_t / a_t.sqrt().float() - ((1 - a_t) / a_t).sqrt().float() * eps_hat
+        return x_t / a_t.sqrt().to(x_t) - ((1 - a_t) / a_t).sqrt().to(x_t) * eps_hat
 
 
 net = Denoiser()
@@ -81,8 +81,8 @@ def model(x0: Tensor, t: Tensor | None = None) -> Tensor:
     """p: the guide's own posterior, with the network's estimate in the place of x_0."""
     pyro.module("net", net)
     with pyro.plate("data", len(x0)):
-        x_t = pyro.sample(f"x_{T}", dist.Normal(torch.zeros(2), 1.0).expand([len(x0), 2]).to_event(1))
-        last_std = ((1 - alpha_bar[1]) / alpha_bar[1]).sqrt().float()
+        x_t = pyro.sample(f"x_{T}", dist.Normal(torch.zeros_like(x0), 1.0).to_event(1))
+        last_std = ((1 - alpha_bar[1]) / alpha_bar[1]).sqrt().to(x0)
         if t is None:
             for i in range(T, 1, -1):
                 x_t = pyro.sample(f"x_{i - 1}", dist.Normal(*posterior_mean_std(net(x_t, i), x_t, i)).to_event(1))

@@ -144,8 +144,11 @@ def test_the_study_links_to_the_functions_that_wrote_it():
 
 
 @pytest.fixture
-def mini():
-    return importlib.import_module("mini")
+def mini(monkeypatch):
+    """In double precision."""
+    module = importlib.import_module("mini")
+    monkeypatch.setattr(module, "net", module.Denoiser().double())
+    return module
 
 
 class Adapter(nn.Module):
@@ -167,11 +170,11 @@ def library(mini):
 
 
 def test_the_library_in_one_file_has_its_schedule_and_its_laws(mini):
-    """To rounding of float32, in which both are."""
+    """To rounding, in float64."""
     ours, steps = library(mini), torch.arange(1, mini.T + 1)
     torch.testing.assert_close(mini.beta[1:], ours.schedule.betas, rtol=1e-12, atol=0)
     torch.testing.assert_close(mini.alpha_bar[1:], ours.schedule.log_snr(steps).sigmoid(), rtol=1e-12, atol=0)
-    x0, x_t = mini.two_moons(mini.T), torch.randn(mini.T, 2)
+    x0, x_t = mini.two_moons(mini.T).double(), torch.randn(mini.T, 2).double()
     q = ours.forward_process
     for theirs, law in (
         (mini.marginal(x0, steps), q.marginal(x0, steps)),
@@ -180,13 +183,13 @@ def test_the_library_in_one_file_has_its_schedule_and_its_laws(mini):
             q.posterior(x0[1:], x_t[1:], steps[1:]),
         ),
     ):
-        torch.testing.assert_close(theirs.mean, law.mean, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(theirs.stddev, law.stddev, rtol=1e-6, atol=0)
+        torch.testing.assert_close(theirs.mean, law.mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(theirs.stddev, law.stddev, rtol=1e-9, atol=0)
 
 
 def test_the_library_in_one_file_has_each_term_of_its_bound(mini):
     """Site by site, from the same noise: the KLs, the Monte Carlo KLs and the reconstruction."""
-    ours, x0, terms = library(mini), mini.two_moons(5), []
+    ours, x0, terms = library(mini), mini.two_moons(5).double(), []
     for model, guide in ((mini.model, mini.guide), (ours.model, ours.guide)):
         torch.manual_seed(0)
         q = poutine.trace(guide).get_trace(x0)
@@ -198,17 +201,17 @@ def test_the_library_in_one_file_has_each_term_of_its_bound(mini):
         ratio = [q.nodes[name]["log_prob"] - p.nodes[name]["log_prob"] for name in names]
         terms.append([torch.stack(kl), torch.stack(ratio), -p.nodes["x_0"]["log_prob"]])
     for theirs, here in zip(*terms, strict=True):
-        torch.testing.assert_close(theirs, here, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(theirs, here, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("elbo", [TraceMeanField_ELBO, Trace_ELBO])
 @pytest.mark.parametrize("t", [None, torch.tensor([1, 2, 30, 50, 7])])
 def test_the_library_in_one_file_has_its_bound(mini, elbo, t):
-    ours, x0, losses = library(mini), mini.two_moons(5), []
+    ours, x0, losses = library(mini), mini.two_moons(5).double(), []
     for model, guide in ((mini.model, mini.guide), (ours.model, ours.guide)):
         torch.manual_seed(0)
         losses.append(elbo().loss(model, guide, x0, t))
-    assert losses[0] == pytest.approx(losses[1], rel=2e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 def test_the_library_in_one_file_stands_alone(mini):
