@@ -92,7 +92,7 @@ class Schedule(nn.Module):
         return self.steps
 
     def log_snr(self, t: int | Tensor) -> Tensor:
-        """Log signal-to-noise ratio.
+        """Log signal-to-noise ratio, in nats.
 
         Args:
             t: integer step(s) in 0..T, of any shape; in continuous time floats in [0, 1].
@@ -107,7 +107,7 @@ class Schedule(nn.Module):
         raise NotImplementedError
 
     def log_density(self, t: Tensor) -> Tensor | None:
-        """For a learned interior, in continuous time: see :meth:`LearnedSchedule.log_density`. Else None."""
+        """For a learned interior, in continuous time: see :meth:`LearnedSchedule.log_density` (nats). Else None."""
         return None
 
     def weight(self, t: Tensor) -> Tensor | float:

@@ -145,7 +145,7 @@ def test_docstrings_of_the_reference_say_shapes(name):
 # What quantities with a unit are called, what is a number, and what tells the unit.
 QUANTITY = re.compile(
     r"log_(prob|z|evidence|weight|likelihood|snr|twist)|evidence|elbo|bits|(^|_)kl($|_)|bound|densit|nats|loss|entropy|divergence"
-    r"|(^|_)se_|standard_error|(^|_)(error|noise_std)$|information|distance|variance|scale$"
+    r"|(^|_)se_|standard_error|(^|_)(error|noise_std)$|information|distance|variance"
 )
 NUMBER = re.compile(r"Tensor|float|Estimate|BitsPerDim|LogLikelihood|ELBOTerms|Evidence")
 UNIT = re.compile(r"\bnats?\b|\bbits?\b|\bseconds?\b|\bunits?\b|\blevels?\b|log-SNR|logarithm")
@@ -162,7 +162,8 @@ def told(item: object) -> list[tuple[str, str]]:
         function = getattr(member, "fget", member)
         kind = str(getattr(function, "__annotations__", {}).get("return", ""))
         if inspect.isfunction(function) and name[0] != "_" and QUANTITY.search(name) and NUMBER.search(kind):
-            found.append((name, (inspect.getdoc(function) or "") + text))
+            said = [getattr(kind, name, None) for kind in inspect.getmro(item)]  # "See" that of a class before
+            found.append((name, text + " ".join(inspect.getdoc(getattr(m, "fget", m)) or "" for m in said if m)))
     opening = re.split(r"\n *(?:Attributes|Args):\n", text)[0]
     for name, kind in getattr(item, "__annotations__", {}).items():
         if name[0] != "_" and QUANTITY.search(name) and NUMBER.search(str(kind)):
