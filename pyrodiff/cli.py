@@ -28,7 +28,7 @@ from ._version import __version__
 from .classifier import NoisyClassifier
 from .diffusion import GaussianDiffusion
 from .elbo import bits_per_dim
-from .errors import CheckpointError, DataError, OptionError, ProgramError, PyrodiffError, check_option
+from .errors import CheckpointError, DataError, OptionError, ProgramError, PyrodiffError, SaveError, check_option
 from .interop import convert as formats
 from .laboratory.budget import estimate_elbo
 from .laboratory.compare import compare_estimators
@@ -702,6 +702,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = " ".join(str(error).split())
         if isinstance(error, PyrodiffError | OSError):
             users = isinstance(error, ValueError | OSError | CheckpointError | ProgramError)
+            users &= not isinstance(error, SaveError)  # a full disk
         else:
             users, text = False, f"{type(error).__name__}: {text} (--debug shows where)"
         print(f"pyrodiff: {text}", file=sys.stderr)

@@ -7,6 +7,7 @@
     ├── ShapeError       (also ValueError)    a tensor whose shape or dtype does not fit
     ├── DataError        (also ValueError)    data that cannot be read or is not what it should be
     ├── CheckpointError  (also RuntimeError)  a file that is not a sound checkpoint of ours
+    │   └── SaveError                         a file that cannot be written
     ├── ProgramError     (also RuntimeError)  a Pyro program used in a way that would be silently wrong
     └── DivergenceError  (also RuntimeError)  training produced non-finite numbers repeatedly
 
@@ -25,6 +26,7 @@ __all__ = [
     "OptionError",
     "ProgramError",
     "PyrodiffError",
+    "SaveError",
     "ShapeError",
     "check_option",
 ]
@@ -48,6 +50,10 @@ class DataError(PyrodiffError, ValueError):
 
 class CheckpointError(PyrodiffError, RuntimeError):
     """A file is not a sound checkpoint of this library."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint cannot be written: the disk is full, the folder read-only, ..."""
 
 
 class ProgramError(PyrodiffError, RuntimeError):

@@ -4,7 +4,11 @@ A file holds a tree: dicts and lists of tensors and JSON values. It is a safeten
 program that knows the format can open: a tensor is an entry named by its path in the tree
 (``state/reverse_kernel.net.input.weight``), everything else is JSON in the header, and so is a
 SHA-256 of all the rest. Reading executes nothing, imports nothing that the file names, and
-allocates no more than the size of the file.
+allocates the size of the file and at most 256 MB more.
+
+A file that is replaced stays beside the new one, as ``model.previous.safetensors``, where the file
+system has hard links. It is never read instead: the error that refuses the newer one names it, if
+it is sound, and going back to it is renaming it.
 
 The format is laid out here, not by the ``safetensors`` package, whose ``save_file`` has a temporary
 file of its own that a killed process leaves behind, and whose ``save`` and ``load`` hold every
@@ -21,9 +25,11 @@ import hashlib
 import json
 import math
 import os
+import platform
 import secrets
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -36,7 +42,7 @@ from pyrodiff import nets, schedules
 from pyrodiff._version import __version__
 from pyrodiff.classifier import NoisyClassifier
 from pyrodiff.diffusion import GaussianDiffusion
-from pyrodiff.errors import CheckpointError, OptionError
+from pyrodiff.errors import CheckpointError, OptionError, SaveError
 
 try:
     import fcntl
@@ -47,7 +53,9 @@ __all__ = ["load", "load_classifier", "lock", "read", "save", "write"]
 
 FORMAT = 1
 MODEL = "model.safetensors"
-_MAX_HEADER = 100_000_000  # the format's own limit, in bytes
+# What parsing may take: 20 MB of text have a few copies, and a value in Python has at most 200 bytes.
+_MAX_HEADER, _MAX_VALUES = 20_000_000, 1_000_000
+_MAX_STEPS = 1_000_000  # of a schedule that a file may ask for: its tables are in memory
 _NO_DIGEST = "0" * 64  # what stands in the digest's place while the digest is computed
 _DTYPES = {
     **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8},
@@ -55,7 +63,7 @@ _DTYPES = {
     **{"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64},
 }
 # What a malformed header, tree or config makes the standard library and torch raise.
-_MALFORMED = (
+MALFORMED = (
     *(ArithmeticError, AttributeError, LookupError, MemoryError),
     *(RuntimeError, TypeError, ValueError),
 )
@@ -66,6 +74,8 @@ _KINDS = {GaussianDiffusion: "model", NoisyClassifier: "classifier"}
 def write(path: str | os.PathLike[str], tree: dict[str, Any], *, kind: str) -> None:
     """Write a tree to a file: all of it, or the file that was there before stays as it is.
 
+    On success that file stays too, as ``NAME.previous.SUFFIX``.
+
     Args:
         path: the file; its folder must exist.
         tree: dicts (with string keys), lists and tuples (which become lists) of tensors, None,
@@ -73,8 +83,8 @@ def write(path: str | os.PathLike[str], tree: dict[str, Any], *, kind: str) -> N
         kind: what the tree is; :func:`read` must ask for the same.
 
     Raises:
-        OptionError: the tree holds something else.
-        CheckpointError: the file cannot be written (disk full, folder read-only, ...).
+        OptionError: the tree holds something else, or more than tensors should hold.
+        SaveError: the file cannot be written (disk full, folder read-only, ...).
     """
     tensors: dict[str, Tensor] = {}
     try:
@@ -91,8 +101,10 @@ def write(path: str | os.PathLike[str], tree: dict[str, Any], *, kind: str) -> N
         stop = start + tensor.numel() * tensor.dtype.itemsize
         entries[name] = _entry(_DTYPE_NAMES[tensor.dtype], list(tensor.shape), start, stop)
         start = stop
-    if len(_header(metadata, entries)) > _MAX_HEADER:
-        raise OptionError(f"the tree's JSON is above {_MAX_HEADER} bytes; use tensors for numbers")
+    if _too_much(_header(metadata, entries)):
+        raise OptionError(
+            f"the tree's JSON is above {_MAX_HEADER} bytes or {_MAX_VALUES} values; use tensors for numbers"
+        )
 
     def fill(file: IO[bytes]) -> None:
         header = _header(metadata, entries)
@@ -108,7 +120,12 @@ def write(path: str | os.PathLike[str], tree: dict[str, Any], *, kind: str) -> N
         file.seek(0)
         file.write(_header(metadata | {"sha256": digest.hexdigest()}, entries))
 
-    _replace(Path(path), fill)
+    _replace(Path(path), fill, previous=_previous(path))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, all of it or not at all; :class:`~pyrodiff.errors.SaveError` if it cannot be written."""
+    _replace(Path(path), lambda file: file.write(text.encode()))
 
 
 def read(path: str | os.PathLike[str], *, kind: str) -> dict[str, Any]:
@@ -120,26 +137,50 @@ def read(path: str | os.PathLike[str], *, kind: str) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the file is missing, not a checkpoint, of another kind or a newer format,
-            truncated or damaged.
+            truncated or damaged. The message names the file that it replaced, if that is sound.
     """
+    try:
+        return _read(path, kind)
+    except CheckpointError as error:
+        problem = str(error)
+    # Out of the handler, whose traceback holds what was read of the first file.
+    before = _previous(path)
+    with contextlib.suppress(CheckpointError):
+        _read(before, kind)
+        name = os.path.basename(path)
+        problem += f"; {before!r}, which it replaced, is sound: to go back to that, rename it to {name!r}"
+    raise CheckpointError(problem)
+
+
+def _previous(path: str | os.PathLike[str]) -> str:
+    """Where the file that a newer one replaced is kept."""
+    root, suffix = os.path.splitext(os.fspath(path))
+    return f"{root}.previous{suffix}"
+
+
+def _read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     name = repr(str(path))
     try:
-        # Opening a pipe would wait for its writer for ever, and a device may never end.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            what = "a folder" if os.path.isdir(path) else "a pipe, socket or device"
-            raise CheckpointError(f"{name} is {what}, not a checkpoint file")
-        with open(path, "rb") as file:
-            return _read(file, name, kind)
+        # Opened without waiting for the writer of a pipe, and looked at before the first byte: a device may never end.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+                raise CheckpointError(f"{name} is {what}, not a checkpoint file")
+            with open(descriptor, "rb", closefd=False) as file:
+                return _parsed(file, name, kind)
+        finally:
+            os.close(descriptor)
     except CheckpointError:
         raise
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{name} is damaged: {_line(error)}") from None
     except OSError as error:
-        reason = error.strerror or _line(error)
-        raise CheckpointError(f"{name} cannot be read: {reason}") from None
+        raise CheckpointError(f"{name} cannot be read: {_reason(error)}") from None
 
 
-def _read(file: IO[bytes], name: str, kind: str) -> dict[str, Any]:
+def _parsed(file: IO[bytes], name: str, kind: str) -> dict[str, Any]:
     size = os.fstat(file.fileno()).st_size
     start = file.read(512)
     length = int.from_bytes(start[:8], "little")
@@ -149,6 +190,10 @@ def _read(file: IO[bytes], name: str, kind: str) -> dict[str, Any]:
         raise CheckpointError(f"{name} is truncated: {size} bytes, inside its header")
     file.seek(0)
     header = file.read(8 + length)
+    if _too_much(header):
+        raise CheckpointError(
+            f"{name} is damaged, or not a checkpoint: its header is no ASCII, or above {_MAX_VALUES} values"
+        )
     try:
         entries = json.loads(header[8:])
         metadata = entries.pop("__metadata__", {})
@@ -225,7 +270,7 @@ def save(path: str | os.PathLike[str], diffusion: nn.Module, **extra: Any) -> No
 
     Raises:
         OptionError: neither of the two, or ``extra`` holds what cannot be written.
-        CheckpointError: a file cannot be written.
+        SaveError: a file cannot be written.
     """
     diffusion = _unwrapped(diffusion)
     if not isinstance(diffusion, GaussianDiffusion | NoisyClassifier):
@@ -239,12 +284,11 @@ def save(path: str | os.PathLike[str], diffusion: nn.Module, **extra: Any) -> No
     kind = next(kind for cls, kind in _KINDS.items() if isinstance(diffusion, cls))
     folder = Path(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
     except OSError as error:
-        raise CheckpointError(f"cannot create {str(folder)!r}: {error.strerror}") from None
+        raise SaveError(f"cannot create {str(folder)!r}: {_reason(error)}") from None
     write(folder / MODEL, {"config": config, "state": state, "extra": extra}, kind=kind)
-    text = json.dumps(config, indent=2) + "\n"
-    _replace(folder / "config.json", lambda file: file.write(text.encode()))
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def load(
@@ -308,16 +352,14 @@ def _load(
         if net is None:
             # Without memory or random numbers: what the config asks for is first compared with what
             # the file holds, and the file's tensors then become the weights.
-            with torch.device("meta"):
+            with torch.device("meta"), _at_most(2 * len(state) + 100):
                 net = nets.build(network["name"], network["arguments"])
-        diffusion = cls(net, schedule or schedules.from_config(options), **config)
-    except _MALFORMED as error:
+        diffusion = cls(net, schedule or _schedule(options), **config)
+    except MALFORMED as error:
         raise CheckpointError(f"{name} has a config that does not work: {_line(error)}") from None
     own = diffusion.state_dict()
     keys = {_name(key): key for key in own}
-    problem = _difference(state, {key: own[keys[key]] for key in keys})
-    if problem:
-        raise CheckpointError(f"{name}: {problem}")
+    check_state(name, state, {key: own[keys[key]] for key in keys})
     # In place for a network of the user's, whose parameters may be tied or known to an optimizer.
     assign = any(value.is_meta for value in own.values())
     diffusion.load_state_dict({keys[key]: state[key] for key in keys}, assign=assign)
@@ -329,7 +371,8 @@ def lock(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder for the length of a ``with`` block, so that no second run writes to it.
 
     The lock is advisory, of the process, and gone with it however it ends; the file ``.lock``
-    stays. Where the system or the file system has no such locks, nothing is locked.
+    stays, and says who holds it. Where the system or the file system has no such locks, nothing is
+    locked.
 
     Args:
         folder: created if need be.
@@ -340,14 +383,42 @@ def lock(folder: str | os.PathLike[str]) -> Iterator[None]:
     folder = Path(folder)
     with contextlib.ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(folder / ".lock", "ab"))
+            _make(folder)
+            file = stack.enter_context(open(folder / ".lock", "a+b", buffering=0))
         except OSError as error:
-            reason = error.strerror or _line(error)
-            raise OptionError(f"folder {str(folder)!r} cannot be used: {reason}") from None
+            raise OptionError(f"folder {str(folder)!r} cannot be used: {_reason(error)}") from None
         if not _locked(file):
-            raise OptionError(f"folder {str(folder)!r} is in use by another run")
-        yield
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace")
+            told = f" ({holder})" if holder.isprintable() and holder else ""
+            raise OptionError(f"folder {str(folder)!r} is in use by another run{told}")
+        _write_holder(file, f"process {os.getpid()} on {platform.node()}")
+        _held.add(file)
+        try:
+            yield
+        finally:
+            if file in _held:  # not in a fork of the holder
+                _held.remove(file)
+                _write_holder(file, "")
+
+
+_held: set[IO[bytes]] = set()
+
+
+def _disown() -> None:
+    """In a fork: the lock is the parent's, and must not outlive it in the child."""
+    while _held:
+        _held.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown)
+
+
+def _write_holder(file: IO[bytes], text: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk: the lock itself needs no room
+        file.truncate(0)
+        file.write(text.encode())
 
 
 def _locked(file: IO[bytes]) -> bool:
@@ -362,37 +433,79 @@ def _locked(file: IO[bytes]) -> bool:
     return True
 
 
-def _replace(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Put what ``fill`` writes in the place of ``path``, so that a crash leaves the old or the new file."""
+def _replace(path: Path, fill: Callable[[IO[bytes]], object], previous: str | None = None) -> None:
+    """Put what ``fill`` writes in the place of ``path``, so that a crash leaves the old or the new file.
+
+    The old one stays under the name ``previous``, if that is given.
+    """
     folder = path.parent
-    temporary = folder / f".pyrodiff-{secrets.token_hex(8)}.tmp"
+    temporary, link = (folder / f".pyrodiff-{secrets.token_hex(8)}.tmp" for _ in range(2))
     try:
-        for stray in folder.glob(".pyrodiff-*.tmp"):  # of processes that were killed
-            with contextlib.suppress(OSError):
-                with open(stray, "rb+") as file:
-                    dead = _locked(file)
-                if dead:
-                    stray.unlink()
-        with open(temporary, "xb") as file:
-            _locked(file)  # says that its writer lives
+        _remove_strays(folder)
+        with _temporary(temporary) as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name != "nt":  # the new name, too, must survive a power cut
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            if previous is not None:
+                # By way of a link of its own: the file is there under its own name at every moment.
+                with contextlib.suppress(OSError):  # there is none, or no links in this file system
+                    os.link(path, link)
+                    os.replace(link, previous)
+            if fcntl is None:
+                file.close()  # Windows renames no open file; elsewhere its lock must last until it has its name
+            os.replace(temporary, path)
+        _sync(folder)
     except OSError as error:
-        reason = error.strerror or _line(error)
+        reason = _reason(error)
         with contextlib.suppress(OSError):
             reason += f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB free there)"
-        raise CheckpointError(f"cannot write {str(path)!r}: {reason}") from None
+        raise SaveError(f"cannot write {str(path)!r}: {reason}") from None
     finally:
+        for stray in (temporary, link):
+            with contextlib.suppress(OSError):
+                stray.unlink()
+
+
+def _temporary(path: Path) -> IO[bytes]:
+    """A new file whose lock says that its writer lives."""
+    while True:
+        file = open(path, "xb")
+        # Another process may take it for a stray between the two calls, and remove it.
+        if _locked(file) and os.path.exists(path):
+            return file
+        file.close()
+        path.unlink(missing_ok=True)
+
+
+def _remove_strays(folder: Path) -> None:
+    """Remove temporary files of processes that were killed."""
+    for stray in folder.glob(".pyrodiff-*.tmp"):
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            if fcntl is None:  # Windows, which refuses to remove a file that anyone has open
+                stray.unlink()
+                continue
+            with open(stray, "rb+") as file:
+                if _locked(file):
+                    stray.unlink()
+
+
+def _make(folder: Path) -> None:
+    """Create a folder and what it lies in, for good."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in new:
+        _sync(each.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make new names in a folder survive a power cut."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _without_tensors(node: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -428,6 +541,12 @@ def _header(metadata: dict[str, str], entries: dict[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _too_much(header: bytes) -> bool:
+    """Whether parsing a header may take much more memory than its size."""
+    values = sum(header.count(character) for character in (b",", b"[", b"{", b":"))
+    return len(header) > _MAX_HEADER or values > _MAX_VALUES or not header[8:].isascii()
+
+
 def _bytes(tensor: Tensor) -> Any:
     """The memory of a contiguous tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
@@ -457,19 +576,48 @@ def _name(key: str) -> str:
     return ".".join(part for part in key.split(".") if part != "_orig_mod")
 
 
+@contextlib.contextmanager
+def _at_most(n: int) -> Iterator[None]:
+    """Networks made inside have at most n parameters: a config can ask for a billion layers in a few bytes."""
+    thread, made = threading.get_ident(), 0
+
+    def count(module: nn.Module, name: str, parameter: Tensor) -> None:
+        nonlocal made
+        made += threading.get_ident() == thread
+        if made > n:
+            raise ValueError("it asks for many more weights than the file has")
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _schedule(config: dict[str, Any]) -> schedules.Schedule:
+    """The schedule of a config."""
+    base: Any = config
+    while isinstance(base, dict):
+        steps = base.get("steps")
+        if isinstance(steps, (int, float)) and not steps <= _MAX_STEPS:
+            raise ValueError(f"steps={steps!r} is above {_MAX_STEPS}")
+        base = base.get("base")
+    return schedules.from_config(config)
+
+
 def _schedule_config(schedule: schedules.Schedule) -> dict[str, object] | None:
     """The config from which the schedule can be rebuilt; None for one of the user's own."""
     config = schedule.config
     if config is None:
         return None
     try:
-        return config if type(schedules.from_config(config)) is type(schedule) else None
-    except _MALFORMED:
+        return config if type(_schedule(config)) is type(schedule) else None
+    except MALFORMED:
         return None
 
 
-def _difference(state: dict[str, Any], own: dict[str, Tensor]) -> str:
-    """What keeps the saved ``state`` from being loaded into a module with the state ``own``; or ''."""
+def check_state(name: str, state: dict[str, Any], own: dict[str, Tensor]) -> None:
+    """Raise :class:`CheckpointError` if what the file ``name`` holds cannot be loaded in the place of ``own``."""
     shapes, dtypes, infinite = [], [], []
     for key in own.keys() & state.keys():
         saved, value = state[key], own[key]
@@ -487,11 +635,17 @@ def _difference(state: dict[str, Any], own: dict[str, Tensor]) -> str:
         "of another dtype": dtypes,
         "not finite": infinite,
     }
-    return "; ".join(
+    said = [
         f"{len(keys)} weights {what} ({', '.join(sorted(keys)[:3])}{', ...' * (len(keys) > 3)})"
         for what, keys in problems.items()
         if keys
-    )
+    ]
+    if said:
+        raise CheckpointError(f"{name}: {'; '.join(said)}")
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or _line(error)
 
 
 def _line(error: BaseException) -> str:

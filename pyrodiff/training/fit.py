@@ -358,7 +358,6 @@ class _Run:
         self.folder = None if folder is None or engine.rank else Path(folder)
         self.read_folder = None if folder is None else Path(folder)
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(checkpoint.lock(self.folder))
         self.result = Fit()
         # A bound is per dim, a class is one for the whole example.
@@ -521,9 +520,12 @@ class _Run:
             record["learned_range_outside"] = self.outside()
         record |= {"skipped": self.result.skipped, "seconds": seconds}
         self.result.records.append(record)
+        self._write_records()
+
+    def _write_records(self) -> None:
         if self.folder is not None:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            text = "".join(json.dumps(record) + "\n" for record in self.result.records)
+            checkpoint.write_text(self.folder / "metrics.jsonl", text)
 
     def _last_lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
@@ -561,36 +563,78 @@ class _Run:
         path = self.read_folder / "resume.safetensors"  # type: ignore[operator]
         tree = checkpoint.read(path, kind="resume")
         mine = json.loads(json.dumps(self.options))
-        if different := [k for k in mine if tree["options"].get(k) != mine[k]]:
-            key = different[0]
-            raise CheckpointError(
-                f"{path} is of a run with {key}={tree['options'].get(key)!r}, not {mine[key]!r}; resume with the same options"
-            )
         try:
+            if different := [k for k in mine if tree["options"].get(k) != mine[k]]:
+                key = different[0]
+                raise CheckpointError(
+                    f"{path} is of a run with {key}={tree['options'].get(key)!r}, not {mine[key]!r}; resume with the same options"
+                )
+            self._check(str(path), tree)
             self.diffusion.load_state_dict(tree["weights"])
-        except RuntimeError:  # torch's message has a line per weight
-            raise CheckpointError(f"{path} holds the weights of another network") from None
-        self.best_weights = tree["best_weights"]
-        state = self.optimizer.state_dict()
-        state["state"] = {int(k): v for k, v in tree["optimizer"]["state"].items()}
-        state["param_groups"] = tree["optimizer"]["param_groups"]
-        try:
-            self.optimizer.load_state_dict(state)
-        except ValueError as error:
-            raise CheckpointError(f"{path} holds an optimiser of other parameters: {error}") from None
-        self.ema.load_state_dict(tree["ema"])
-        if self.sampler is not None:
-            self.sampler.load_state_dict(tree["sampler"])
-        saved = tree["result"]
-        best = saved.pop("best")
-        kind = BitsPerDim if isinstance(self.diffusion, GaussianDiffusion) else Estimate
-        self.result = Fit(best=None if best is None else kind(*best), **saved)
-        self.running, self.total, self.counted = tree["running"]
-        self.skipped_in_a_row = tree["skipped_in_a_row"]
+            self.best_weights = tree["best_weights"]
+            optimizer = self.optimizer.state_dict()
+            optimizer["state"] = {int(k): v for k, v in tree["optimizer"]["state"].items()}
+            self.optimizer.load_state_dict(optimizer)
+            for group, saved in zip(self.optimizer.param_groups, tree["optimizer"]["param_groups"], strict=True):
+                group["lr"] = float(saved["lr"])
+            self.ema.load_state_dict(tree["ema"])
+            if self.sampler is not None:
+                self.sampler.load_state_dict(tree["sampler"])
+            best = tree["result"].pop("best")
+            kind = BitsPerDim if isinstance(self.diffusion, GaussianDiffusion) else Estimate
+            self.result = Fit(best=None if best is None else kind(*best), **tree["result"])
+            self.running, self.total, self.counted = tree["running"]
+            self.skipped_in_a_row = tree["skipped_in_a_row"]
+        except CheckpointError:
+            raise
+        except checkpoint.MALFORMED as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{path} holds no state that can be resumed: {reason}") from None
         if self.folder is not None:
-            metrics = self.folder / "metrics.jsonl"
-            text = "".join(json.dumps(record) + "\n" for record in self.result.records)
-            metrics.write_text(text, encoding="utf-8")
+            # A run that was killed between two files has left some of a later step.
+            if self.best_weights is not None:
+                self.diffusion.load_state_dict(self.best_weights)
+                checkpoint.save(self.folder, self.diffusion)
+                self.diffusion.load_state_dict(tree["weights"])
+            self._write_records()
+
+    def _check(self, name: str, tree: dict[str, Any]) -> None:
+        """Refuse what this run could not have saved, before any of it is used."""
+        weights, moments = self.diffusion.state_dict(), tree["optimizer"]["state"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        step = torch.zeros(())
+        own = {
+            "weights": weights,
+            "best_weights": {} if tree["best_weights"] is None else weights,
+            "ema": self.ema.state_dict()["average"],
+            "sampler": {} if self.sampler is None else self.sampler.state_dict(),
+            **{
+                f"optimizer/{i}": {"step": step, "exp_avg": p, "exp_avg_sq": p}
+                for i, p in enumerate(parameters)
+                if str(i) in moments  # a parameter has moments from its first gradient on
+            },
+        }
+        saved = {
+            "weights": tree["weights"],
+            "best_weights": tree["best_weights"] or {},
+            "ema": tree["ema"]["average"],
+            "sampler": tree["sampler"] or {},
+            **{f"optimizer/{i}": values for i, values in moments.items()},
+        }
+        checkpoint.check_state(name, _flat(saved), _flat(own))
+        result, (running, total, counted) = tree["result"], tree["running"]
+        counts = [result["steps"], result["best_step"], result["skipped"], tree["skipped_in_a_row"]]
+        counts += [counted, tree["ema"]["updates"]]
+        if not all(type(n) is int and n >= 0 for n in counts):
+            raise ValueError(f"not all of {counts} are counts")
+        values = [
+            running,
+            total,
+            *(result["best"] or ()),
+            *(v for record in result["records"] for v in record.values()),
+        ]
+        if not all(value is None or isinstance(value, int | float) for value in values):
+            raise ValueError("not all of its losses and figures are numbers")
 
     def finish(self) -> None:
         """Leave the best averaged weights in the diffusion."""
@@ -602,6 +646,15 @@ class _Run:
             for value in self.diffusion.state_dict().values():
                 torch.distributed.broadcast(value, 0)
         self.diffusion.eval()
+
+
+def _flat(parts: dict[str, Any]) -> dict[str, Any]:
+    """The values of a dictionary of dictionaries and lists, by path."""
+    return {
+        f"{name}/{key}": value
+        for name, part in parts.items()
+        for key, value in (part.items() if isinstance(part, dict) else enumerate(part))
+    }
 
 
 def _validation(
