@@ -570,19 +570,21 @@ class _Run:
                     f"{path} is of a run with {key}={tree['options'].get(key)!r}, not {mine[key]!r}; resume with the same options"
                 )
             self._check(str(path), tree)
-            self.diffusion.load_state_dict(tree["weights"])
-            self.best_weights = tree["best_weights"]
-            optimizer = self.optimizer.state_dict()
-            optimizer["state"] = {int(k): v for k, v in tree["optimizer"]["state"].items()}
-            self.optimizer.load_state_dict(optimizer)
-            for group, saved in zip(self.optimizer.param_groups, tree["optimizer"]["param_groups"], strict=True):
-                group["lr"] = float(saved["lr"])
-            self.ema.load_state_dict(tree["ema"])
-            if self.sampler is not None:
-                self.sampler.load_state_dict(tree["sampler"])
+            groups = self.optimizer.param_groups
+            rates = [float(saved["lr"]) for _, saved in zip(groups, tree["optimizer"]["param_groups"], strict=True)]
             best = tree["result"].pop("best")
             kind = BitsPerDim if isinstance(self.diffusion, GaussianDiffusion) else Estimate
             self.result = Fit(best=None if best is None else kind(*best), **tree["result"])
+            # From here on nothing is refused.
+            self.diffusion.load_state_dict(tree["weights"])
+            self.best_weights = tree["best_weights"]
+            state = {int(k): v for k, v in tree["optimizer"]["state"].items()}
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            self.ema.load_state_dict(tree["ema"])
+            if self.sampler is not None:
+                self.sampler.load_state_dict(tree["sampler"])
             self.running, self.total, self.counted = tree["running"]
             self.skipped_in_a_row = tree["skipped_in_a_row"]
         except CheckpointError:
