@@ -226,11 +226,12 @@ def test_killed_at_every_system_call_of_a_save(tmp_path, figure):
 
 @needs_strace
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.reliability("Q14", "F1", "F9")
 def test_killed_at_every_system_call_of_a_resumed_run(tmp_path, figure):
     """The same of `fit`, from taking up a run to its end: every set of half-written files resumes to the same end."""
     before, place = tmp_path / "before", tmp_path / "place"
-    interrupted_at(before, 3)
+    interrupted_at(before, 5)
     go_on(Path(shutil.copytree(before, tmp_path / "whole")))
     expected = outcome(tmp_path / "whole")
     states = kill_at_every_call(before, place, lambda: go_on(place))
@@ -268,29 +269,32 @@ def damaged(files: list[bytes], rng: random.Random, n: int):
         zeros = bytes(len(content[start : start + page]))
         yield content[:start] + zeros + content[start + page :]
         yield content[: rng.randrange(len(content)) // 512 * 512] if i % 2 else content[: rng.randrange(len(content))]
-        other, cut = rng.choice(files), rng.randrange(1, len(content))
+        other, cut = files[(i + 1) % len(files)], rng.randrange(1, len(content))
         yield content[:cut] + other[cut:]
 
 
 @pytest.mark.reliability("Q16", "F2", "F4", "F5")
-@pytest.mark.parametrize("n", [100, pytest.param(2400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [100, pytest.param(2700, marks=pytest.mark.slow)])
 def test_damaged_files_of_runs(finished, tmp_path, figure, n):
     """Files of `fit`, and of another one, so that a splice of two has a head and a tail that were sound."""
     interrupted_at(tmp_path / "other", 3)
     rng, accepted, refused, path = random.Random(n), 0, 0, tmp_path / "x"
+    path.touch()
     for name in FILES:
         files = [(folder / f"{name}.safetensors").read_bytes() for folder in (finished, tmp_path / "other")]
         for content in damaged(files, rng, n // 2):
             if content in files:
                 continue
-            path.write_bytes(content)
+            with open(path, "r+b") as file:  # in place: some file systems flush a file that was emptied and written again
+                file.write(content)
+                file.truncate()
             try:
                 read(path, kind=name)
                 accepted += 1
             except CheckpointError as error:  # anything else is a traceback, and fails
                 refused += one_line(error, str(path))
     figure("Q16", "damaged files accepted", accepted, at_most=0)
-    assert refused > 2.5 * n
+    assert refused > 3.5 * n
     figure.count("Q16", "damaged files refused", refused, at_least=10_000)
 
 

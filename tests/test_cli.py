@@ -26,7 +26,8 @@ TINY = {
     "scoring.timesteps": 3, "scoring.repeats": 2, "scoring.samples": 8, "scoring.sample_steps": 3,
 }  # fmt: skip
 VECTORS = {"config.json", "elbo.nc", "elbo_by_timestep.png", "ledger.json", "ledger.txt", "metrics.jsonl",
-           "model.safetensors", "resume.safetensors", "run.yaml", "training.png"}  # fmt: skip
+           "model.safetensors", "model.previous.safetensors", "resume.safetensors", "resume.previous.safetensors",
+           "run.yaml", "training.png"}  # fmt: skip
 IMAGES = VECTORS | {"samples.png", "denoising.png"}
 
 

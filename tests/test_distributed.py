@@ -175,7 +175,8 @@ def test_ranks_have_noise_and_examples_of_their_own(out: Path):
 
 def test_rank_zero_alone_writes_and_the_weights_are_the_saved_ones(out: Path):
     names = {path.name for path in (out / "plain").iterdir()}
-    assert names == {".lock", "config.json", "metrics.jsonl", "model.safetensors", "resume.safetensors"}
+    kept = {"model.previous.safetensors", "resume.previous.safetensors"}
+    assert names == kept | {".lock", "config.json", "metrics.jsonl", "model.safetensors", "resume.safetensors"}
     records = [json.loads(line) for line in (out / "plain" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [2, 4, 6]
     saved = checkpoint.read(out / "plain" / "model.safetensors", kind="model")["state"]

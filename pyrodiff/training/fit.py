@@ -124,7 +124,8 @@ def fit(
         precision: ``"float32"`` or ``"bf16"`` (autocast of the network; probabilities stay in float32).
         validate_every: steps between validations and saves; default a tenth of ``steps``.
         validation_timesteps: timesteps per validation image.
-        folder: where to keep ``model.safetensors`` (the best), ``resume.safetensors`` and ``metrics.jsonl``; None: nowhere.
+        folder: where to keep ``model.safetensors`` (the best), ``resume.safetensors`` and ``metrics.jsonl``, and of the first two the
+            one before (``model.previous.safetensors``); None: nowhere.
         resume: continue from the folder's ``resume.safetensors``, bit for bit on the same machine and versions.
         seed: of data order, noise and timesteps.
         device: default: CUDA where there is one.
@@ -133,6 +134,7 @@ def fit(
     Raises:
         OptionError, ShapeError, DataError: an argument is outside its range.
         CheckpointError: the state to resume from is missing, damaged, or another run's.
+        SaveError: a file cannot be written (disk full, ...); what was saved before is as it was.
         DivergenceError: 20 steps in a row had a non-finite loss or gradient; the last good state stays saved.
     """
     check_option("kl", kl, ELBOS)
