@@ -807,6 +807,15 @@ def test_own_schedule(tmp_path):
         assert load(tmp_path, schedule=schedule).schedule is schedule
 
 
+def test_a_schedule_longer_than_a_file_may_ask_for_is_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_MAX_STEPS", 4)
+    diffusion = make_mlp()
+    save(tmp_path, diffusion)
+    with pytest.raises(OptionError, match="schedule="):
+        load(tmp_path)
+    assert load(tmp_path, schedule=diffusion.schedule).steps == 5
+
+
 class Compiled(nn.Module):
     """What torch.compile makes of a module, as far as names go."""
 
@@ -967,8 +976,10 @@ def test_lock(tmp_path):
 
 def test_lock_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "fcntl", None)
+    (tmp_path / ".pyrodiff-00.tmp").touch()
     with lock(tmp_path), lock(tmp_path):
         write(tmp_path / "x", {}, kind="test")
+    assert sorted(os.listdir(tmp_path)) == [".lock", "x"]
     (tmp_path / "file").touch()
     with pytest.raises(OptionError) as caught, lock(tmp_path / "file"):
         pass

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrodiff.errors import CheckpointError, OptionError
+from pyrodiff.errors import CheckpointError, OptionError, SaveError
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_JSON = 10_000_000  # bytes
@@ -110,7 +110,7 @@ def write(path: Path, data: bytes) -> None:
     """Write a file: all of it, or the file that was there before stays as it is.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        SaveError: the file cannot be written.
     """
     temporary = path.with_name(f".pyrodiff-{secrets.token_hex(8)}.tmp")
     try:
@@ -121,7 +121,7 @@ def write(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise CheckpointError(f"cannot write {str(path)!r}: {error.strerror or line(error)}") from None
+        raise SaveError(f"cannot write {str(path)!r}: {error.strerror or line(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
