@@ -285,7 +285,7 @@ def test_damaged_files_of_runs(finished, tmp_path, figure, n):
         for content in damaged(files, rng, n // 2):
             if content in files:
                 continue
-            with open(path, "r+b") as file:  # in place: some file systems flush a file that was emptied and written again
+            with open(path, "r+b") as file:  # not emptied first, after which some file systems flush
                 file.write(content)
                 file.truncate()
             try:
