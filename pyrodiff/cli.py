@@ -223,7 +223,7 @@ def train(
     if first:
         if not resume:  # a resumed run keeps its own until these options have proved to be its continuation
             with checkpoint.lock(folder):
-                (folder / "run.yaml").write_text(text, encoding="utf-8")
+                checkpoint.write_text(folder / "run.yaml", text)
         parameters = sum(p.numel() for p in diffusion.parameters())
         print(
             f"{images.description}\n{type(diffusion.net).__name__} with {parameters:,} parameters, T = {diffusion.steps}"
@@ -235,7 +235,7 @@ def train(
         folder=folder, resume=resume, seed=seed, device=device, progress=progress, **asdict(training),
     )  # fmt: skip
     if first:
-        (folder / "run.yaml").write_text(text, encoding="utf-8")
+        checkpoint.write_text(folder / "run.yaml", text)
     if result.interrupted:
         if first:
             again = f"pyrodiff train --config {folder / 'run.yaml'} --out {folder} --resume true"
