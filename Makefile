@@ -16,6 +16,8 @@ PYTEST_ARGS ?=
 GPU_RUN      ?= runs/gpu-demo
 GPU_TRAINING ?= -m pyrodiff train digits --device cuda --training.precision bf16 --out $(GPU_RUN)
 
+FUZZ_SECONDS ?= 60
+
 ifeq ($(origin PY),undefined)
 PY        := $(VENV)/bin/python
 PREPARED   = $(VENV)/.installed-test
@@ -25,7 +27,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo docs docs-check test test-slow test-modes reliability lint format typecheck gpu bench clean
+.PHONY: help demo docs docs-check test test-slow test-modes reliability fuzz lint format typecheck gpu bench clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
@@ -49,6 +51,9 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(call install,docs)
 
+$(VENV)/.installed-fuzz: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(call install,fuzz)
+
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(call install,test)
 
@@ -69,6 +74,9 @@ test-slow: $(PREPARED)  ## the rest of the suite
 
 reliability: $(PREPARED)  ## both tiers, with coverage: measured against required, row by row of tests/reliability.py
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --report build/reliability.md --cov --cov-report= $(PYTEST_ARGS)
+
+fuzz: $(if $(PREPARED),$(VENV)/.installed-fuzz)  ## whatever reads files, by coverage-guided fuzzing: FUZZ_SECONDS for each of ten readers
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz.py $(FUZZ_SECONDS)
 
 test-modes: $(PREPARED)  ## the fast tests again with Pyro's validation off, and again under python -O
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m "not slow" --no-validation $(PYTEST_ARGS)

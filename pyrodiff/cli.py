@@ -8,6 +8,7 @@ Exit codes: 0; 2 for a mistake of the user's (one line on stderr says which), 1 
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import sys
@@ -28,7 +29,17 @@ from ._version import __version__
 from .classifier import NoisyClassifier
 from .diffusion import GaussianDiffusion
 from .elbo import bits_per_dim
-from .errors import CheckpointError, DataError, OptionError, ProgramError, PyrodiffError, SaveError, check_option
+from .errors import (
+    CheckpointError,
+    DataError,
+    DivergenceError,
+    OptionError,
+    ProgramError,
+    PyrodiffError,
+    SaveError,
+    check_option,
+)
+from .inference_data import replaced
 from .interop import convert as formats
 from .laboratory.budget import estimate_elbo
 from .laboratory.compare import compare_estimators
@@ -44,6 +55,13 @@ __all__ = ["main"]
 
 _MAX_STEPS = 100_000  # of a schedule: its tables are in memory
 _MAX_SAMPLES = 10_000_000
+_MAX_COUNT = 1_000_000  # of anything that is drawn, or averaged over, in one command
+_MAX_BLOCKS = 1000
+_MAX_SCALE = 1_000_000  # of guidance
+_MAX_YAML, _MAX_DEPTH = 1_000_000, 20  # bytes of a file of options, and how deep it may be nested
+_MAX_LINE = 1000  # characters of a message
+# What the parsers of YAML and of options let through besides their own errors.
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _CHAIN = 1000  # steps of the chain that stands for continuous time in a report
 
 
@@ -210,7 +228,9 @@ def train(
         raise OptionError(
             f"out={str(folder)!r} holds a run already; continue it with --resume true, or name another folder"
         )
+    _check_counts(**{f"scoring.{k}": getattr(scoring, k) for k in ("timesteps", "repeats", "samples", "images")})
     diffusion = _build(images, net, schedule, model, seed)
+    _check_memory(f"scoring.samples={scoring.samples}", 4 * scoring.samples * diffusion.event_shape.numel())
     # Continuous time is trained; what is sampled from and reported is a chain of its steps.
     scored = diffusion.respace(_CHAIN) if diffusion.schedule.continuous else diffusion
     scoring.check(scored)
@@ -301,6 +321,7 @@ def elbo(
         progress: show a progress bar.
     """
     check_option("over", over, ("examples", "noise"))
+    _check_counts(timesteps=timesteps, repeats=repeats)
     if method is not None:
         check_option("method", method, METHODS)
         for name in options:
@@ -368,6 +389,7 @@ def compare(
         device: default cuda where there is one.
         progress: show progress bars.
     """
+    _check_counts(repeats=repeats, gradients=gradients, **{"a number of timesteps": max(timesteps, default=1)})
     if examples < 1:
         raise OptionError(f"examples={examples!r} is not at least 1")
     scored = _scored(run, data, split, None, low_res, data_dir, levels, seed, device)
@@ -429,8 +451,12 @@ def sample(
     diffusion = _load(run, device)
     if not 1 <= n <= _MAX_SAMPLES:
         raise OptionError(f"n={n!r} is not in 1..{_MAX_SAMPLES}")
+    _check_memory(f"n={n}", 4 * n * diffusion.event_shape.numel())
     if path.suffix == ".png" and len(diffusion.event_shape) != 3:
         raise OptionError(f"out={out!r} is a picture, and the model's are vectors: give a .npy")
+    for name, scale in (("guidance_scale", guidance_scale), ("classifier_scale", classifier_scale)):
+        if not abs(scale) <= _MAX_SCALE:  # NaN too
+            raise OptionError(f"{name}={scale!r} is not a number up to {_MAX_SCALE}")
     options: dict[str, Any] = {"eta": eta, "guidance_scale": guidance_scale, "progress": bar(progress)}
     classes, at = classes_of(diffusion), next(diffusion.parameters()).device
     if classifier is None and classifier_scale != 1:
@@ -462,11 +488,14 @@ def sample(
     if label is not None and (classifier is None or classes_of(diffusion) is not None):
         cond["y"] = torch.full((n,), label, device=at)
     x = draw(diffusion, n, method, steps, seed, last, **options, **cond)
+    if not x.isfinite().all():
+        raise DivergenceError(f"{int((~x.isfinite()).flatten(1).any(1).sum())} of {n} samples are not finite")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         plots.save(plots.image_grid(x.cpu(), data_range=data_range(diffusion)), path)
     else:
-        np.save(path, x.cpu().numpy())
+        with replaced(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, x.cpu().numpy())
     print(path)
 
 
@@ -545,6 +574,8 @@ def _told(
     if low_res is None and enlarges(diffusion):
         net = _run_options(run).get("net")
         low_res = net.get("low_res") if isinstance(net, dict) else None
+        if not isinstance(low_res, int | None):
+            raise DataError(f"{_run_folder(run) / 'run.yaml'} has net.low_res={low_res!r}, which is not an integer")
     return x0.to(at), {k: v.to(at) for k, v in conditioning(diffusion, x0, labels, low_res).items()}
 
 
@@ -573,23 +604,51 @@ def _build(
     outputs = channels * (2 if model.variance.startswith("learned") else 1)
     splits = (images.train_labels, images.validation_labels, images.test_labels)
     classes = max(int(y.max()) + 1 for y in splits if y is not None and len(y)) if net.conditional else None
-    built: nn.Module
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    if net.blocks > _MAX_BLOCKS:
+        raise OptionError(f"net.blocks={net.blocks} is more than {_MAX_BLOCKS}")
+
+    def network() -> nn.Module:
         if len(images.event_shape) == 1:
-            built = nets.MLP(
+            return nets.MLP(
                 channels, out_features=outputs, width=net.width, depth=net.blocks, classes=classes,
                 label_dropout=net.label_dropout,
             )  # fmt: skip
-        else:
-            built = nets.UNet(
-                channels, out_channels=outputs, width=net.width, multipliers=net.multipliers, blocks=net.blocks,
-                attention=net.attention, resample=net.resample, dropout=net.dropout, fourier_features=net.fourier_features, classes=classes,
-                label_dropout=net.label_dropout, low_res_channels=0 if net.low_res is None else channels,
-            )  # fmt: skip
-            if len(images.event_shape) == 3:  # a quarter faster on a CPU, and what tensor cores want
-                built = built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return nets.UNet(
+            channels, out_channels=outputs, width=net.width, multipliers=net.multipliers, blocks=net.blocks,
+            attention=net.attention, resample=net.resample, dropout=net.dropout, fourier_features=net.fourier_features, classes=classes,
+            label_dropout=net.label_dropout, low_res_channels=0 if net.low_res is None else channels,
+        )  # fmt: skip
+
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):  # without memory: first see how much it would take
+                parameters = sum(parameter.numel() for parameter in network().parameters())
+        except OptionError:
+            raise
+        except (*_MALFORMED, RuntimeError) as error:  # of a width of NaN, or sizes that overflow
+            raise OptionError(f"net={asdict(net)} is no network: {error}") from None
+        # The weights, their average and their gradients, and AdamW's two moments.
+        _check_memory(f"a network of {parameters:,} parameters", 5 * 4 * parameters)
+        torch.manual_seed(seed)
+        built = network()
+    if len(images.event_shape) == 3:  # a quarter faster on a CPU, and what tensor cores want
+        built = built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return GaussianDiffusion(built, schedule.build(), images.event_shape, bins=images.bins, **asdict(model))
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count > _MAX_COUNT:
+            raise OptionError(f"{name}={count} is more than {_MAX_COUNT}")
+
+
+def _check_memory(what: str, needed: int) -> None:
+    """Refuse what this machine cannot hold; asking for it could end other programs as well as this one."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
+    if needed > total:
+        raise OptionError(
+            f"{what} would take {needed / 2**30:,.0f} GiB of memory, and this machine has {total / 2**30:,.0f}"
+        )
 
 
 def _load(run: str, device: str | None) -> GaussianDiffusion:
@@ -615,28 +674,40 @@ def _run_data(run: str, data: str | None, data_dir: str | None, levels: int | No
 def _run_options(run: str) -> dict[str, Any]:
     """What the run was started with; nothing for a model without a run."""
     path = _run_folder(run) / "run.yaml"
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} is no YAML: {error}") from None
+    options = _read_yaml(path) if path.is_file() else {}
     return options if isinstance(options, dict) else {}
+
+
+def _read_yaml(path: Path) -> Any:
+    """A file from anywhere: refused where it would take long to read, or could unfold to any size (aliases of aliases of ...)."""
+    if not path.is_file():  # a pipe would wait for its writer, and a device never end
+        raise OptionError(f"{str(path)!r} is no file" if path.exists() else f"{str(path)!r} does not exist")
+    if (size := path.stat().st_size) > _MAX_YAML:
+        raise OptionError(f"{str(path)!r} has {size} bytes, more than {_MAX_YAML}")
+    depth = 0
+    try:
+        text = path.read_text(encoding="utf-8")
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                raise OptionError(f"{str(path)!r} is nested more than {_MAX_DEPTH} deep")
+            if isinstance(event, yaml.AliasEvent):
+                raise OptionError(f"{str(path)!r} has YAML aliases (*name), which are not accepted")
+        return yaml.safe_load(text)
+    except OptionError:
+        raise
+    except (*_MALFORMED, yaml.YAMLError) as error:
+        raise OptionError(f"{str(path)!r} is no YAML: {error}") from None
 
 
 # ---------------------------------------------------------------------- the entry point
 
 
 class _ConfigFile(ActionConfigFile):
-    """``--config``, for a file from anywhere: an alias of an alias of ... could unfold to any size."""
+    """``--config``, for a file from anywhere."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        path = Path(str(values))
-        try:
-            if path.is_file() and any(
-                isinstance(token, yaml.AliasToken) for token in yaml.scan(path.read_text("utf-8"))
-            ):
-                raise OptionError(f"{str(path)!r} has YAML aliases (*name), which are not accepted")
-        except (RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise OptionError(f"{str(path)!r} is no YAML: {error}") from None
+        _read_yaml(Path(str(values)))
         super().__call__(parser, cfg, values, option_string)
 
 
@@ -674,17 +745,43 @@ def _parse(arguments: list[str]) -> tuple[str, Namespace]:
     instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # its name from 4.49 on
     try:
         parsed: Namespace = parser.parse_args(arguments)
-        return parsed.command, instantiate(parsed)[parsed.command]
+        options = instantiate(parsed)[parsed.command]
+    except OptionError:
+        raise
     except RecursionError:
         raise OptionError("the options are nested too deeply") from None
     except TypeError as error:  # "net: 3", which the parser lets through
         raise OptionError(f"a group of options (net, schedule, ...) is no mapping: {error}") from None
+    except _MALFORMED as error:  # a number of 5000 digits, ...
+        raise OptionError(f"the options cannot be read: {error}") from None
+    for name, value in vars(options).items():  # most are paths, and all may be printed
+        if isinstance(value, str) and (not value or "\0" in value or not _encodable(value)):
+            raise OptionError(f"{name}={value!r} is empty, or holds a character that no path can")
+    return parsed.command, options
+
+
+def _encodable(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _line(text: str) -> str:
+    """Text that may come from anywhere, on one line that a terminal shows as it is and a person reads to its end."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return text if len(text) <= _MAX_LINE else f"{text[: _MAX_LINE // 2]} ... {text[-_MAX_LINE // 2 :]}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exits."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # names of files that are not text, ± where the locale knows only ASCII
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             command, options = _parse(arguments)
@@ -699,7 +796,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        text = " ".join(str(error).split())
+        text = _line(str(error))
         if isinstance(error, PyrodiffError | OSError):
             users = isinstance(error, ValueError | OSError | CheckpointError | ProgramError)
             users &= not isinstance(error, SaveError)  # a full disk

@@ -414,10 +414,9 @@ BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.reliability("Q17", "F13", "F15", "F17", "F20", "F29")
 @pytest.mark.parametrize("line", BAD)
-def test_a_mistake_costs_one_line(
-    line: str, data: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_mistake_costs_one_line(line: str, data: Path, tmp_path: Path, monkeypatch, capsys, figure):
     monkeypatch.chdir(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in data.rglob("*") if path.is_file()}
     code = run(*line.format(d=data).split())
@@ -427,6 +426,7 @@ def test_a_mistake_costs_one_line(
     assert "Traceback" not in out + err
     assert before == {path: path.stat().st_mtime_ns for path in data.rglob("*") if path.is_file()}
     assert not list(tmp_path.rglob("*.safetensors"))
+    figure.count("Q17", "bad inputs", 1, at_least=2000)
 
 
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
@@ -451,9 +451,10 @@ BAD_YAML = {
 }
 
 
+@pytest.mark.reliability("Q17", "F29")
 @pytest.mark.parametrize("name", BAD_YAML)
 @pytest.mark.timeout(30)
-def test_a_config_file_from_anywhere_is_safe(name: str, data: Path, tmp_path: Path, monkeypatch, capsys):
+def test_a_config_file_from_anywhere_is_safe(name: str, data: Path, tmp_path: Path, monkeypatch, capsys, figure):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_bytes(BAD_YAML[name].replace(b"{d}", str(data).encode()))
     code = run("train", "--config", "bad.yaml")
@@ -461,11 +462,13 @@ def test_a_config_file_from_anywhere_is_safe(name: str, data: Path, tmp_path: Pa
     assert code == 2, err
     assert len(err.splitlines()) == 1 and "Traceback" not in out + err
     assert not (data / "hacked").exists() and names(tmp_path) == {"bad.yaml"}
+    figure.count("Q17", "bad inputs", 1, at_least=2000)
 
 
 @pytest.mark.parametrize(
     "text", ["", "[x", "- 1", "data: 3", "data: /nope", "data: {d}/vectors.npy\nseed: x", "net: {}", "\x00"]
 )
+@pytest.mark.reliability("F29")
 def test_a_spoiled_run_yaml_is_said_to_be_so(text: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "model.safetensors").write_bytes((data / "run" / "model.safetensors").read_bytes())
     (tmp_path / "run.yaml").write_text(text.replace("{d}", str(data)))
@@ -580,7 +583,9 @@ def test_ctrl_c_of_a_process(data: Path, tmp_path: Path):
     assert pyrodiff.load(folder).steps == 6
 
 
+@pytest.mark.reliability("F21")
 def test_streams_that_cannot_hold_every_character(data: Path, monkeypatch):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     assert run("elbo", data / "run", "--timesteps", 2) == 0
+    assert b"\\xb1 images" in stream.buffer.getvalue()  # ±

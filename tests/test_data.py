@@ -8,6 +8,7 @@ import itertools
 import os
 import struct
 import sys
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from pyrodiff.errors import DataError, OptionError
+from pyrodiff.training import data as data_module
 from pyrodiff.training.data import ImageData, load_data, to_levels
 
 pytest.importorskip("sklearn")
@@ -169,6 +171,7 @@ IDX_BAD: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 }
 
 
+@pytest.mark.reliability("F18", "F20")
 @pytest.mark.parametrize("case", IDX_BAD)
 def test_idx_refused(tmp_path: Path, case: str) -> None:
     name, change = IDX_BAD[case]
@@ -180,6 +183,7 @@ def test_idx_refused(tmp_path: Path, case: str) -> None:
     check_message(raised.value, str(tmp_path))
 
 
+@pytest.mark.reliability("F18")
 def test_missing_file_of_idx(tmp_path: Path) -> None:
     folder = write_mnist(tmp_path / "d")
     (folder / LABELS).unlink()
@@ -213,6 +217,7 @@ ARRAYS: dict[str, tuple[np.ndarray, int | None, tuple[int, ...], int | None]] = 
 }
 
 
+@pytest.mark.reliability("F15")
 @pytest.mark.parametrize("case", ARRAYS)
 def test_array(tmp_path: Path, case: str) -> None:
     array, given, event_shape, levels = ARRAYS[case]
@@ -271,6 +276,7 @@ ARRAYS_BAD: dict[str, tuple[np.ndarray, dict[str, object], str]] = {
 }
 
 
+@pytest.mark.reliability("F13", "F15", "F20")
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
 @pytest.mark.parametrize("case", ARRAYS_BAD)
 def test_array_refused(tmp_path: Path, case: str, suffix: str) -> None:
@@ -314,6 +320,7 @@ FILES_BAD: dict[str, bytes] = {
 }
 
 
+@pytest.mark.reliability("F15", "F19")
 @pytest.mark.parametrize("case", FILES_BAD)
 def test_npy_refused(tmp_path: Path, case: str) -> None:
     path = tmp_path / "a.npy"
@@ -382,6 +389,7 @@ NPZ_BAD: dict[str, dict[str, np.ndarray]] = {
 }
 
 
+@pytest.mark.reliability("F15")
 @pytest.mark.parametrize("case", NPZ_BAD)
 def test_npz_refused(tmp_path: Path, case: str) -> None:
     np.savez(tmp_path / "a.npz", **NPZ_BAD[case])
@@ -415,7 +423,18 @@ ZIP_BAD: dict[str, Callable[[], bytes]] = {
     "bomb": lambda: zipped(npy(X) + bytes(3_000_000)),
     "encrypted": lambda: patched_flags(zipped(npy(X))),
     "pickle": lambda: zipped(b"\x80\x04N."),
+    "twice the same name": lambda: zipped_twice("x.npy", "x.npy"),
+    "twice nearly the same name": lambda: zipped_twice("x.npy", "x"),
 }
+
+
+def zipped_twice(*names: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the same name, which is the point
+        for name in names:
+            archive.writestr(name, npy(X))
+    return buffer.getvalue()
 
 
 def patched_flags(content: bytes) -> bytes:
@@ -423,6 +442,7 @@ def patched_flags(content: bytes) -> bytes:
     return content[:6] + b"\x01\x00" + content[8:at] + b"\x01\x00" + content[at + 2 :]
 
 
+@pytest.mark.reliability("F19")
 @pytest.mark.parametrize("case", ZIP_BAD)
 def test_zip_refused(tmp_path: Path, case: str) -> None:
     path = tmp_path / "a.npz"
@@ -461,15 +481,17 @@ IMAGES_GOOD: dict[str, tuple[bytes, str, int, np.ndarray | None]] = {
 }
 
 
+@pytest.mark.reliability("F16")
 @pytest.mark.parametrize("case", IMAGES_GOOD)
-def test_image(tmp_path: Path, case: str) -> None:
+def test_image(tmp_path: Path, case: str, figure) -> None:
     content, suffix, levels, expected = IMAGES_GOOD[case]
     data = load_data(folder_of(tmp_path / "d", content, suffix))
     assert data.bins == (levels, -1.0, 1.0) and data.train_labels is None
     assert len(data.train) == 10 and len(data.test) == 1
     if expected is not None:
         assert data.event_shape == expected.shape
-        assert np.array_equal(to_levels(data.test[0], levels).numpy(), expected.astype(int))
+        read = to_levels(data.test[0], levels).numpy().astype(int)
+        figure("F16", "largest error of a level, of up to 65536", np.abs(read - expected.astype(int)).max(), at_most=0)
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -478,6 +500,7 @@ def exif(orientation: int) -> Image.Exif:
     return tags
 
 
+@pytest.mark.reliability("F16")
 @pytest.mark.parametrize("image", [GREY_IMAGE, RGB_IMAGE, Image.fromarray(W)], ids=["L", "RGB", "16"])
 def test_exif_rotation_is_applied(tmp_path: Path, image: Image.Image) -> None:
     data = load_data(folder_of(tmp_path / "d", encoded(image, "PNG", exif=exif(6))))
@@ -536,6 +559,7 @@ IMAGES_BAD: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.reliability("F16", "F18", "F19")
 @pytest.mark.parametrize("case", IMAGES_BAD)
 def test_image_refused(tmp_path: Path, case: str) -> None:
     content, word = IMAGES_BAD[case]
@@ -545,6 +569,7 @@ def test_image_refused(tmp_path: Path, case: str) -> None:
     check_message(raised.value, repr(str(folder / "00.png")), word)
 
 
+@pytest.mark.reliability("F19")
 def test_too_many_large_images(tmp_path: Path) -> None:
     zeros = png(5000, 5000, 1, 0, bytes(626 * 5000))
     with pytest.raises(DataError) as raised:
@@ -552,6 +577,7 @@ def test_too_many_large_images(tmp_path: Path) -> None:
     check_message(raised.value, repr(str(tmp_path / "d")), "above 1073741824 bytes")
 
 
+@pytest.mark.reliability("F18")
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp", ".npy", ".npz"])
 def test_any_damage_is_a_data_error(tmp_path: Path, suffix: str) -> None:
     """Cut and changed files either load or raise a DataError of one line."""
@@ -628,6 +654,7 @@ FOLDERS_BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.reliability("F17", "F18", "F20")
 @pytest.mark.parametrize("case", FOLDERS_BAD)
 def test_folder_refused(tmp_path: Path, case: str) -> None:
     build, word = FOLDERS_BAD[case]
@@ -637,6 +664,7 @@ def test_folder_refused(tmp_path: Path, case: str) -> None:
     check_message(raised.value, str(tmp_path / "d"), word)
 
 
+@pytest.mark.reliability("F17")
 def test_mixed_sizes_name_both_files(tmp_path: Path) -> None:
     one(one(tmp_path / "d"), "b.png", Image.new("L", (9, 8)))
     with pytest.raises(DataError) as raised:
@@ -644,6 +672,7 @@ def test_mixed_sizes_name_both_files(tmp_path: Path) -> None:
     check_message(raised.value, "a.png' is [1, 4, 6]", "b.png' is [1, 8, 9]")
 
 
+@pytest.mark.reliability("F18")
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
 @pytest.mark.parametrize("target", ["d", "d/00.png"])
 def test_unreadable(tmp_path: Path, target: str) -> None:
@@ -655,6 +684,22 @@ def test_unreadable(tmp_path: Path, target: str) -> None:
     finally:
         (tmp_path / target).chmod(0o700)
     check_message(raised.value, str(tmp_path / target), "Permission denied")
+
+
+@pytest.mark.reliability("F18")
+def test_a_file_that_vanishes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between being listed and being read; later no file is needed, all are in memory."""
+    folder = folder_of(tmp_path / "d", encoded(GREY_IMAGE, "PNG"))
+    read = data_module._read_image
+
+    def read_and_delete(path: str, *modules: object) -> object:
+        (folder / "05.png").unlink(missing_ok=True)
+        return read(path, *modules)
+
+    monkeypatch.setattr(data_module, "_read_image", read_and_delete)
+    with pytest.raises(DataError) as raised:
+        load_data(folder)
+    check_message(raised.value, repr(str(folder / "05.png")), "No such file")
 
 
 NAMES = [
@@ -669,6 +714,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.reliability("F21")
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_awkward_names(tmp_path: Path, name: str) -> None:
     folder = folder_of(tmp_path / name, encoded(GREY_IMAGE, "PNG"))
@@ -680,9 +726,10 @@ def test_awkward_names(tmp_path: Path, name: str) -> None:
     check_message(raised.value, "11.png")
 
 
+@pytest.mark.reliability("F21")
 def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder_of(tmp_path / "d", encoded(GREY_IMAGE, "PNG")))
-    assert load_data(".").name == "." and load_data(f"..{os.sep}d").name == "d"
+    assert load_data(".").name == "d" and load_data(f"..{os.sep}d").name == "d"
     folder_of(tmp_path / "d" / ".x" / "digits", encoded(GREY_IMAGE, "PNG"))
     monkeypatch.chdir(tmp_path / "d" / ".x")
     assert len(load_data("digits").train) == 1437 and len(load_data(Path("digits")).train) == 10
@@ -705,6 +752,7 @@ OPTIONS_BAD: list[dict[str, object]] = [
 ]
 
 
+@pytest.mark.reliability("F15")
 @pytest.mark.parametrize("source", SOURCES_BAD, ids=repr)
 def test_source_refused(source: object) -> None:
     with pytest.raises(OptionError) as raised:
@@ -712,6 +760,7 @@ def test_source_refused(source: object) -> None:
     check_message(raised.value, "source")
 
 
+@pytest.mark.reliability("F29")
 @pytest.mark.parametrize("options", OPTIONS_BAD, ids=repr)
 def test_option_refused(options: dict[str, object]) -> None:
     with pytest.raises(OptionError) as raised:
@@ -719,6 +768,7 @@ def test_option_refused(options: dict[str, object]) -> None:
     check_message(raised.value, next(iter(options)))
 
 
+@pytest.mark.reliability("F29")
 @pytest.mark.parametrize("levels", [0, 1, 65537, 2.0, "9"])
 def test_levels_refused(tmp_path: Path, levels: object) -> None:
     np.save(tmp_path / "a.npy", X)
@@ -731,6 +781,7 @@ def test_levels_refused(tmp_path: Path, levels: object) -> None:
         check_message(raised.value, f"levels={levels!r}")
 
 
+@pytest.mark.reliability("F15")
 def test_levels_of_floats_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", X / 2)
     with pytest.raises(OptionError) as raised:
@@ -738,6 +789,7 @@ def test_levels_of_floats_refused(tmp_path: Path) -> None:
     check_message(raised.value, "levels=4", "a.npy", "float64")
 
 
+@pytest.mark.reliability("F21")
 @pytest.mark.parametrize("source", ["Digits", "cifar10", "a" * 300, "x" * 5000, "\ud800", "tests", __file__, "a.npy/b"])
 def test_path_refused(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -760,6 +812,7 @@ def test_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: 
     check_message(raised.value, 'pip install "pyrodiff[demo]"')
 
 
+@pytest.mark.reliability("F15", "F16")
 @pytest.mark.parametrize("levels", [2, 3, 17, 256, 257, 65536])
 def test_every_level_comes_back(tmp_path: Path, levels: int) -> None:
     u = np.arange(levels * 10, dtype="i8").reshape(10, levels) % levels

@@ -160,6 +160,8 @@ class Encoder(nn.Module):
             raise OptionError(f"norm_eps={norm_eps} is not positive")
         if not 0 <= dropout < 1:
             raise OptionError(f"dropout={dropout} is not in [0, 1)")
+        if not all(abs(n) <= 50 for n in fourier_features):
+            raise OptionError(f"fourier_features={list(fourier_features)} are not all in -50..50")
         widths = [int(multiplier * width) for multiplier in multipliers]
         if not widths or min(widths) < 1:
             raise OptionError(f"multipliers={list(multipliers)} of width={width} leave a level without channels")

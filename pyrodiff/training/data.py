@@ -22,6 +22,9 @@ anything else              refused by name (transparency, CMYK, 16-bit or 5-bit 
 
 Arrays: ``[N, F]`` vectors, ``[N, H, W]`` (a channel is added) or ``[N, C, H, W]``; ``bool`` has 2
 levels, ``uint8`` 256 and ``uint16`` 65536, other integers need ``levels=``. Nothing is unpickled.
+
+A file that cannot be read, or a value that is not finite, is refused by name and never skipped: an
+example less changes the split, and with it every figure that is compared.
 """
 
 from __future__ import annotations
@@ -61,7 +64,8 @@ _DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"
 # What a damaged file makes the standard library, NumPy or Pillow raise while they parse it.
 _PARSE_ERRORS: tuple[type[Exception], ...] = (
     *(OSError, ValueError, EOFError, SyntaxError, TypeError, LookupError, ArithmeticError),
-    *(RuntimeError, MemoryError, struct.error, tokenize.TokenError, zlib.error),
+    *(RuntimeError, MemoryError, AssertionError, AttributeError),
+    *(struct.error, tokenize.TokenError, zlib.error),
     zipfile.BadZipFile,
 )
 
@@ -170,7 +174,7 @@ def load_data(
     else:
         data, parts = _read_path(path, seed, levels)
     # repr() keeps names and messages printable and on one line whatever bytes a file name holds.
-    name = path if is_mnist else repr(os.path.basename(os.path.normpath(path)))[1:-1]
+    name = path if is_mnist else repr(os.path.basename(os.path.abspath(path)))[1:-1]
     splits = [(data.x[part], None if data.y is None else data.y[part]) for part in parts]
     (train, train_y), (validation, validation_y), (test, test_y) = splits
     return ImageData(
@@ -417,6 +421,8 @@ def _read_npz(path: str, levels: int | None) -> list[_Examples]:
     """Read an .npz file: one array to split, or (train, test), or (train, validation, test)."""
     with _open(path) as file, _reading(repr(path)), zipfile.ZipFile(file) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        if len(members) < len(archive.infolist()):
+            raise DataError(f"{path!r} holds two arrays of one name")
         total = sum(info.file_size for info in members.values())
         if total > 2 * _MAX_BYTES:  # float64 data take twice what they take as float32
             raise DataError(f"{path!r} unpacks to {total} bytes, more than {2 * _MAX_BYTES}")
