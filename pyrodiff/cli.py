@@ -58,7 +58,7 @@ _MAX_SAMPLES = 10_000_000
 _MAX_COUNT = 1_000_000  # of anything that is drawn, or averaged over, in one command
 _MAX_BLOCKS = 1000
 _MAX_SCALE = 1_000_000  # of guidance
-_MAX_YAML, _MAX_DEPTH = 1_000_000, 20  # bytes of a file of options, and how deep it may be nested
+_MAX_YAML, _MAX_DEPTH = 100_000, 20  # bytes of a file of options, and how deep it may be nested
 _MAX_LINE = 1000  # characters of a message
 # What the parsers of YAML and of options let through besides their own errors.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -778,9 +778,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exits."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # names of files that are not text, ± where the locale knows only ASCII
+    # What cannot be printed is shown escaped: names of files that are no text, and ± where the locale knows only ASCII.
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:

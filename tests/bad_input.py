@@ -387,7 +387,7 @@ def array_files() -> Iterator[tuple[str, bytes]]:
         "lambda: 0",
     ):
         for version in (1, 2, 3, 4, 255):
-            yield f"header text {text[:20]!r} version {version}", header(text, version) + bytes(144)
+            yield f"header text {text[:60]!r} version {version}", header(text, version) + bytes(144)
 
 
 def zipped(files: list[tuple[str, bytes]], method: int = zipfile.ZIP_DEFLATED) -> bytes:
@@ -582,6 +582,9 @@ YAMLS: dict[str, str | bytes] = {
     "sexagesimal": "seed: 1:2:3",
     "a key of a megabyte": "a" * 1_000_000 + ": 1",
     "a value of a megabyte": "data: " + "a" * 1_000_000,
+    "a long key": "a" * 90_000 + ": 1",
+    "a long value": "data: " + "a" * 90_000,
+    "many keys": "".join(f"k{i}: 1\n" for i in range(8_000)),
     "a megabyte of keys": "".join(f"k{i}: 1\n" for i in range(80_000)),
     "a line without end": "#" * 2_000_000,
     "latin-1": "data: é".encode("latin-1"),

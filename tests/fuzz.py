@@ -106,7 +106,7 @@ def saved_model() -> bytes:
     from pyrodiff.training import checkpoint
 
     net = pyrodiff.nets.MLP(2, width=2, depth=1)
-    diffusion = pyrodiff.GaussianDiffusion(net, pyrodiff.LogLinearSchedule(3), (2,))
+    diffusion = pyrodiff.GaussianDiffusion(net, pyrodiff.CosineSchedule(3), (2,))
     with tempfile.TemporaryDirectory() as folder:
         pyrodiff.save(folder, diffusion)
         content = (Path(folder) / checkpoint.MODEL).read_bytes()
