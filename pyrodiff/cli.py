@@ -228,9 +228,10 @@ def train(
         raise OptionError(
             f"out={str(folder)!r} holds a run already; continue it with --resume true, or name another folder"
         )
-    _check_counts(**{f"scoring.{k}": getattr(scoring, k) for k in ("timesteps", "repeats", "samples", "images")})
+    _check_counts(**{f"scoring.{k}": getattr(scoring, k) for k in ("timesteps", "repeats", "samples")})
     diffusion = _build(images, net, schedule, model, seed)
     _check_memory(f"scoring.samples={scoring.samples}", 4 * scoring.samples * diffusion.event_shape.numel())
+    _check_terms(scoring.timesteps, scoring.repeats, min(scoring.images, len(images.test)))
     # Continuous time is trained; what is sampled from and reported is a chain of its steps.
     scored = diffusion.respace(_CHAIN) if diffusion.schedule.continuous else diffusion
     scoring.check(scored)
@@ -331,6 +332,7 @@ def elbo(
     elif options:
         raise OptionError(f"options={options!r} are a method's: name it with --method")
     scored = _scored(run, data, split, images, low_res, data_dir, levels, seed, device)
+    _check_terms(timesteps, repeats, len(scored.x0))
     if steps is not None:
         scored = scored._replace(diffusion=scored.diffusion.respace(steps))
     print(f"{scored.about}, T = {scored.diffusion.steps}")
@@ -649,6 +651,11 @@ def _check_memory(what: str, needed: int) -> None:
         raise OptionError(
             f"{what} would take {needed / 2**30:,.0f} GiB of memory, and this machine has {total / 2**30:,.0f}"
         )
+
+
+def _check_terms(timesteps: int, repeats: int, images: int) -> None:
+    """The ledger keeps every term of the bound, by two KLs in float64."""
+    _check_memory(f"timesteps={timesteps} and repeats={repeats} of {images} images", 16 * timesteps * repeats * images)
 
 
 def _load(run: str, device: str | None) -> GaussianDiffusion:

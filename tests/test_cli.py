@@ -410,6 +410,12 @@ BAD = [
     "sample {d}/run --eta 2 --out {d}/x.npy", "sample {d}/run --last foo --out {d}/x.npy",
     "sample {d}/run --label 0 --out {d}/x.npy", "sample {d}/run --steps 7 --out {d}/x.npy",
     "sample {d}/run --out {d}/vectors.npy/x.npy",
+    "sample {d}/run --guidance_scale nan --out {d}/x.npy", "sample {d}/run --classifier_scale inf --out {d}/x.npy",
+    "train {d}/vectors.npy --net.width 100000000", "train {d}/vectors.npy --net.width 99999999999999999998",
+    "train {d}/vectors.npy --net.blocks 1001", "train {d}/images --net.multipliers [1,nan]", "train {d}/images --net.fourier_features [99]",
+    "train {d}/vectors.npy --scoring.samples 1000001", "train {d}/vectors.npy --scoring.repeats 1000000000",
+    "elbo {d}/run --repeats 1000001", "elbo {d}/run --timesteps 1000000000", "compare {d}/run --gradients 1000001",
+    "compare {d}/run --timesteps [1,1000000000]",
     "info", "info {d}/nope", "info {d}/run/run.yaml", "info {d}/vectors.npy", "info {d}",
 ]  # fmt: skip
 
@@ -489,6 +495,23 @@ def test_failures_have_a_code_of_their_own_and_debug_shows_where(data: Path, tmp
     assert capsys.readouterr().err == "pyrodiff: RuntimeError: two lines (--debug shows where)\n"
     with pytest.raises(RuntimeError, match="two"):
         cli.main([*map(str, argv), "--debug"])
+
+
+def test_what_the_machine_cannot_hold_is_refused(data: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.os, "sysconf", lambda name: 10)  # 10 pages of 10 bytes
+    assert run("train", data / "vectors.npy", "--out", tmp_path / "run", *flags()) == 2
+    assert "parameters would take" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert run("sample", data / "run", "--n", 9, "--out", tmp_path / "x.npy") == 2
+    assert "n=9 would take" in capsys.readouterr().err
+    assert run("sample", data / "run", "--n", 8, "--out", tmp_path / "x.npy") == 0  # 96 bytes of 3 floats each
+    assert run("elbo", data / "run", "--timesteps", 2, "--repeats", 1, "--images", 4) == 2  # 128 bytes
+    assert "timesteps=2 and repeats=1 of 4 images would take" in capsys.readouterr().err
+
+
+def test_samples_that_are_not_numbers_are_not_saved(data: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "draw", lambda *args, **options: torch.tensor([[1.0, 2, 3], [1, 2, float("nan")]]))
+    assert run("sample", data / "run", "--n", 2, "--out", tmp_path / "x.npy") == 1
+    assert "1 of 2 samples are not finite" in capsys.readouterr().err and names(tmp_path) == set()
 
 
 def test_divergence_is_a_failure_and_says_where_the_state_is(data: Path, tmp_path: Path, capsys):
