@@ -576,7 +576,7 @@ def _told(
     if low_res is None and enlarges(diffusion):
         net = _run_options(run).get("net")
         low_res = net.get("low_res") if isinstance(net, dict) else None
-        if not isinstance(low_res, int | None):
+        if low_res is not None and type(low_res) is not int:  # true is an int too
             raise DataError(f"{_run_folder(run) / 'run.yaml'} has net.low_res={low_res!r}, which is not an integer")
     return x0.to(at), {k: v.to(at) for k, v in conditioning(diffusion, x0, labels, low_res).items()}
 

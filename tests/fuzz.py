@@ -150,22 +150,20 @@ def fuzz(reader: str, arguments: list[str]) -> None:
 
         import pyrodiff.cli
         import pyrodiff.training.data  # noqa: F401
-    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)) / "in"
+    folder = Path(arguments[-1]).with_name("in")  # beside the corpus
     atheris.Setup([sys.argv[0], *arguments], lambda data: once(reader, data, folder))
-    try:
-        atheris.Fuzz()
-    finally:
-        shutil.rmtree(folder.parent)
+    atheris.Fuzz()
 
 
 def main(seconds: str, *readers: str) -> int:
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
     findings = 0
     for reader in readers or READERS:
-        with tempfile.TemporaryDirectory() as corpus:
+        with tempfile.TemporaryDirectory() as scratch:
+            corpus = Path(scratch) / "corpus"
             for i, content in enumerate(READERS[reader][1]() + FOUND.get(reader, [])):
-                (Path(corpus) / str(i)).write_bytes(content)
-            command = [sys.executable, __file__, "--fuzz", reader, f"-max_total_time={seconds}", *LIMITS, corpus]
+                bad_input.touch(corpus / str(i), content)
+            command = [sys.executable, __file__, "--fuzz", reader, f"-max_total_time={seconds}", *LIMITS, str(corpus)]
             ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
         runs = re.search(r"number_of_executed_units: (\d+)", ended.stderr)
         print(
