@@ -22,7 +22,7 @@ import bad_input
 ARTEFACTS = Path("build") / "fuzz"
 LIMITS = (
     "-max_len=4096",
-    "-timeout=10",
+    "-timeout=30",
     "-rss_limit_mb=6000",
     "-print_final_stats=1",
     f"-artifact_prefix={ARTEFACTS}/",
