@@ -36,6 +36,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -60,6 +61,7 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "p2": lambda snr, own: snr / (1 + snr),
     "hybrid": lambda snr, own: own,
 }
+PARTICLES = "num_particles_vectorized"  # Pyro's name of the plate of vectorised particles
 HYBRID_WEIGHT = 0.001 / math.log(2)  # Improved DDPM's lambda multiplies a bound in bits; sites are in nats
 
 
@@ -252,6 +254,10 @@ class Program(nn.Module):
         diffusion = self.diffusion
         for messenger in _PYRO_STACK:
             if isinstance(messenger, IndepMessenger) and messenger.dim == -1:
+                if messenger.name == PARTICLES:
+                    raise ProgramError(
+                        f"plate {PARTICLES!r} stands at dim -1, the plate of the examples: max_plate_nesting is at least 1"
+                    )
                 rows = getattr(messenger, "subsample_size", messenger.size)
                 if rows != size or diffusion.data_size is not None:
                     raise ProgramError(
@@ -351,6 +357,11 @@ def register(diffusion: GaussianDiffusion, module: nn.Module, prefix: str = "") 
         trace._succ.update({name: set() for name in held})
 
 
+def _conditioned(name: str) -> bool:
+    """Whether a handler around the program puts a value in the place of a site."""
+    return any(isinstance(m, ConditionMessenger) and name in m.data for m in _PYRO_STACK)
+
+
 class Model(Program):
     """p: see :class:`GaussianDiffusion`. Call: ``model(x0=None, t=None, *, weight=None, **cond)``; returns x_0."""
 
@@ -380,6 +391,11 @@ class Model(Program):
             x_t = pyro.sample(self._site(t - 1), p(x_t, t, **cond))
         law = p.decode(x_t, **cond)
         x_0 = pyro.sample(self._site(0), law, obs=x0)
+        if x0 is not None and x_0 is not x0 and _conditioned(self._site(0)):
+            raise ProgramError(
+                f"site {self._site(0)!r} is conditioned on another tensor than x0, and the guide would know x0 alone: pass the data "
+                "to the program"
+            )
         if x0 is None and x_0.shape != law.shape():
             raise ProgramError(
                 f"site {self._site(0)!r} was given {list(x_0.shape)} for chains of {list(law.shape())}, which its rows would "

@@ -28,6 +28,7 @@ import pyro.infer
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import torch_item
 from pyro.poutine import Trace
 from pyro.poutine.util import is_validation_enabled, prune_subsample_sites
 from torch import Tensor
@@ -36,7 +37,7 @@ from torch.distributions.kl import _KL_REGISTRY
 from tqdm.auto import tqdm
 
 from ._tensor import check_event, take_rows
-from .diffusion import GaussianDiffusion
+from .diffusion import PARTICLES, GaussianDiffusion
 from .errors import OptionError, ProgramError, ShapeError, check_option
 from .schedules import Schedule
 
@@ -385,10 +386,15 @@ def site_terms(model_trace: Trace, guide_trace: Trace, kl: str = "analytic") -> 
 
     Returns:
         Site name to a tensor of its batch shape, ``[*plates, B]``, nats, scaled and masked as the site is.
+
+    Raises:
+        ProgramError: an analytic KL that is not registered; nothing is estimated in its place.
     """
     check_option("kl", kl, KLS)
 
     def log_prob(site: dict[str, Any]) -> Tensor:
+        if "log_prob" in site:
+            return site["log_prob"]
         return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
 
     terms, guides = {}, _sites(guide_trace)
@@ -397,7 +403,10 @@ def site_terms(model_trace: Trace, guide_trace: Trace, kl: str = "analytic") -> 
             terms[name] = -log_prob(site)
         elif kl == "analytic":
             q = guides[name]
-            value = kl_divergence(q["fn"], site["fn"])
+            try:
+                value = kl_divergence(q["fn"], site["fn"])
+            except NotImplementedError:
+                raise _no_kl(name, q["fn"], site["fn"]) from None
             if not isinstance(value, Tensor):  # Pyro's for a law masked out
                 value = q["value"].new_tensor(value).expand(q["fn"].batch_shape)
             terms[name] = scale_and_mask(value, q["scale"], q["mask"])
@@ -430,21 +439,28 @@ def _same(a: Any, b: Any) -> bool:
         return False
 
 
-def _base(fn: Any) -> Any:
-    """A distribution without the wrappers that KLs see through."""
-    while True:
-        if isinstance(fn, torch.distributions.Independent):
-            fn = fn.base_dist
-        elif isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution):
-            fn = fn.base_dist
-        else:
-            return fn
+def _base(fn: Any) -> tuple[Any, list[Any]]:
+    """A distribution without the wrappers that KLs see through, and the masks among these."""
+    masks = []
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
+            masks.append(fn._mask)
+        fn = fn.base_dist
+    return fn, masks
 
 
 def _registered(cls: type) -> set[type]:
     """The class itself, and the torch class that Pyro's class of the same name merely wraps."""
     pyros = cls.__module__.startswith("pyro.distributions")
     return {cls} | {base for base in cls.__mro__[1:] if pyros and base.__name__ == cls.__name__}
+
+
+def _no_kl(name: str, q: Any, p: Any) -> ProgramError:
+    q, p = (type(_base(fn)[0]).__name__ for fn in (q, p))
+    return ProgramError(
+        f"no KL is registered for site {name!r}, {q} from {p} in these wrappers (a parent class's does not count): Pyro would "
+        "be silently wrong or noisy; register_kl it, or take Trace_ELBO"
+    )
 
 
 class TraceMeanField_ELBO(pyro.infer.TraceMeanField_ELBO):
@@ -455,6 +471,8 @@ class TraceMeanField_ELBO(pyro.infer.TraceMeanField_ELBO):
     * a latent site of the model is missing from the guide, or the other way round;
     * the sites of the guide come in another order than the model's (for a chain: the mean-field condition is violated, and
       the value can be several times off);
+    * a site has a batch dim that is no plate's, or model and guide disagree about its event dims or its batch;
+    * an observation is not finite, off its law's support, of another event shape, or shared by the rows of a plate;
     * a guide site is not reparameterised;
     * no KL is registered for the very classes at a site (Pyro falls back to Monte Carlo, or takes a parent class's KL);
     * model and guide carry different scales or masks at a site (Pyro reads the guide's only).
@@ -476,10 +494,14 @@ class TraceMeanField_ELBO(pyro.infer.TraceMeanField_ELBO):
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
             model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-            model_trace.compute_log_prob(lambda name, site: site["is_observed"])
         if self.strict:
             check_mean_field(model_trace, guide_trace)
+        model_trace.compute_log_prob(lambda name, site: site["is_observed"])
         return model_trace, guide_trace
+
+    def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[float, Tensor]:
+        loss = sum(term.sum() for term in site_terms(model_trace, guide_trace).values())
+        return torch_item(loss), loss  # type: ignore[return-value]
 
 
 def check_mean_field(model_trace: Trace, guide_trace: Trace) -> None:
@@ -487,6 +509,7 @@ def check_mean_field(model_trace: Trace, guide_trace: Trace) -> None:
     latents = {name: site for name, site in _sites(model_trace).items() if not site["is_observed"]}
     guides = _sites(guide_trace)
     _check_names(list(latents), list(guides))
+    _check_shapes(model_trace, guide_trace)
     if list(latents) != list(guides):
         i = next(i for i, (a, b) in enumerate(zip(latents, guides, strict=True)) if a != b)
         raise ProgramError(
@@ -495,17 +518,18 @@ def check_mean_field(model_trace: Trace, guide_trace: Trace) -> None:
         )
     for name, site in latents.items():
         guide_site = guides[name]
-        q, p = _base(guide_site["fn"]), _base(site["fn"])
+        (q, *q_masks), (p, *p_masks) = ((base, *masks) for base, masks in map(_base, (guide_site["fn"], site["fn"])))
         if not q.has_rsample:
             raise ProgramError(f"guide site {name!r} ({type(q).__name__}) is not reparameterised; take Trace_ELBO")
         pairs = ((a, b) for a in _registered(type(q)) for b in _registered(type(p)))
         if not any(pair in _KL_REGISTRY for pair in pairs):
-            raise ProgramError(
-                f"no KL is registered for site {name!r}, {type(q).__name__} from {type(p).__name__} (a parent class's does not "
-                "count): Pyro would be silently wrong or noisy; register_kl it, or take Trace_ELBO"
-            )
-        for what in ("scale", "mask"):
-            if not _same(guide_site[what], site[what]):
+            raise _no_kl(name, q, p)
+        same_masks = len(q_masks) == len(p_masks) and all(map(_same, q_masks, p_masks))
+        for what, same in (
+            ("scale", _same(guide_site["scale"], site["scale"])),
+            ("mask", same_masks and _same(guide_site["mask"], site["mask"])),
+        ):
+            if not same:
                 raise ProgramError(
                     f"model and guide have different {what}s at site {name!r}: the model's would be ignored"
                 )
@@ -527,6 +551,7 @@ class RenyiELBO(pyro.infer.RenyiELBO):
         latents = [name for name, site in _sites(model_trace).items() if not site["is_observed"]]
         # Auxiliary sites, such as an autoguide's unconstrained values, are the guide's alone.
         _check_names(latents, [k for k, site in _sites(guide_trace).items() if not site["infer"].get("is_auxiliary")])
+        _check_shapes(model_trace, guide_trace)
         for trace in (model_trace, guide_trace):
             for name, site in _sites(trace).items():
                 if not _same(site["scale"], 1.0) or not (site["mask"] is None or site["mask"] is True):
@@ -544,3 +569,51 @@ def _check_names(latents: list[str], guides: list[str]) -> None:
         )
     if extra := [name for name in guides if name not in latents]:
         raise ProgramError(f"guide site {extra[0]!r} is not in the model, whose latent sites are {', '.join(latents)}")
+
+
+def _check_shapes(model_trace: Trace, guide_trace: Trace) -> None:
+    """Batch dims are plates, event dims agree, and every row has its own observation.
+
+    Pyro looks at some of this if its validation is on. It never does at an observation that broadcasts: one value for all dims
+    of an event, or one for all rows of a plate, which a ``to_event`` too many makes of the whole batch.
+    """
+    guides = _sites(guide_trace)
+    for site in (*_sites(model_trace).values(), *guides.values()):
+        name, fn, value = site["name"], site["fn"], torch.as_tensor(site["value"])
+        plates = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
+        event_dim = fn.event_dim
+        batch = value.shape[: value.dim() - event_dim]
+        for dim in range(-max(len(fn.batch_shape), len(batch)), 0):
+            sizes = {shape[dim] for shape in (fn.batch_shape, batch) if -dim <= len(shape)} - {1}
+            expected = plates[dim].size if dim in plates else 1
+            if sizes - {expected}:
+                where = f"plate {plates[dim].name!r} has {expected}" if dim in plates else "no plate is"
+                raise ProgramError(
+                    f"site {name!r} has batch shape {list(fn.batch_shape)} and a value of {list(value.shape)}, where at dim {dim} "
+                    f"{where}: put to_event on what is one event, and a plate around independent rows"
+                )
+        if name in guides and name in model_trace.nodes:
+            other = guides[name]["fn"]
+            if (other.event_dim, other.event_shape) != (event_dim, fn.event_shape):
+                raise ProgramError(
+                    f"model and guide have events of different shapes at site {name!r}: {list(fn.event_shape)}, and "
+                    f"{list(other.event_shape)}"
+                )
+        if not site["is_observed"] or not value.numel():  # a factor observes nothing
+            continue
+        if value.shape[value.dim() - event_dim :] != fn.event_shape:
+            raise ProgramError(
+                f"site {name!r} has events of shape {list(fn.event_shape)}, and observes a value of {list(value.shape)}"
+            )
+        for dim, plate in plates.items():
+            if plate.name != PARTICLES and (-dim > len(batch) or batch[dim] != plate.size):
+                raise ProgramError(
+                    f"site {name!r} observes a value of shape {list(value.shape)}, which all {plate.size} rows of plate "
+                    f"{plate.name!r} would share: to_event of too many dims, or a value too few"
+                )
+        if value.device.type != "meta":
+            on_support = fn.support.check(value)
+            if not (value.isfinite().all() and on_support.all()):
+                raise ProgramError(
+                    f"site {name!r} observes values that are NaN, infinite or outside its law's support, {fn.support}"
+                )

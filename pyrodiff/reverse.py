@@ -20,6 +20,7 @@ References:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,22 @@ class Prediction(NamedTuple):
     x0_hat: Tensor  # [*batch, *event], before clipping
     variance_output: Tensor | None  # [*batch, *event]: the network's variance channels
     mean: Tensor | None  # [*batch, *event]: the mean of x_s where the network predicts it directly ("previous")
+
+
+def _check_bins(bins: Any) -> Bins:
+    """``bins`` with floats for ends.
+
+    Raises:
+        OptionError: not (levels >= 2, low, high) with finite low < high.
+    """
+    try:
+        levels, low, high = bins
+        ends = float(low), float(high)
+        if isinstance(levels, int) and levels >= 2 and -math.inf < ends[0] < ends[1] < math.inf:
+            return levels, *ends
+    except (TypeError, ValueError):
+        pass
+    raise OptionError(f"bins={bins!r} is not (levels >= 2, low, high) with finite low < high")
 
 
 class ReverseKernel(nn.Module):
@@ -109,10 +126,7 @@ class ReverseKernel(nn.Module):
         if decoder == "openai_tanh" and bins is None:
             raise OptionError('decoder="openai_tanh" approximates the probabilities of bins: bins=None has none')
         if bins is not None:
-            levels, low, high = bins
-            if not (isinstance(levels, int) and levels >= 2 and low < high):
-                raise OptionError(f"bins={bins!r} is not (levels >= 2, low, high) with low < high")
-            bins = (levels, float(low), float(high))
+            bins = _check_bins(bins)
         self.net = net
         self.forward_process = ForwardProcess(schedule, event_dim)
         self.prediction, self.variance, self.decoder = prediction, variance, decoder
@@ -343,9 +357,12 @@ class ReverseKernel(nn.Module):
         expected = list(event_shape)
         if self.learned_variance and expected:
             expected[0] *= 2
-        if list(output.shape[1:]) != expected:
+        expected = [batch_shape.numel(), *expected]
+        if not isinstance(output, Tensor):
+            raise ShapeError(f"the network returns a {type(output).__name__}, not a tensor of shape {expected}")
+        if list(output.shape) != expected or not output.is_floating_point():
             raise ShapeError(
-                f"the network returns events of shape {list(output.shape[1:])}, not {expected} "
+                f"the network returns shape {list(output.shape)} and dtype {output.dtype}, not {expected} and a floating one "
                 f"(variance={self.variance!r}{', twice the channels' if self.learned_variance else ''})"
             )
         # Whatever precision the network ran in, the coefficients that follow need the data's.

@@ -564,7 +564,7 @@ def test_unknown_options_name_the_value(option, value):
 
 
 def test_network_of_another_output_shape_is_named():
-    with pytest.raises(ShapeError, match=r"events of shape \[3\], not \[6\]"):
+    with pytest.raises(ShapeError, match=r"shape \[5, 3\] and dtype torch.float32, not \[5, 6\]"):
         make(variance="learned", net=pyrodiff.nets.MLP(3, width=8, depth=1)).model(data())
 
 

@@ -226,7 +226,7 @@ class ConditionEmbedding(nn.Module):
             Tensor of shape [N, width].
 
         Raises:
-            OptionError: an input is missing, or given to a network that cannot use it.
+            OptionError: an input is missing, or given to a network that cannot use it; or a label that there is not.
             ShapeError: an input is not of shape [N], or of the wrong kind of number.
         """
         if (y is None) != (self.label is None):
@@ -244,7 +244,12 @@ class ConditionEmbedding(nn.Module):
             if self.training and self.null_cond:
                 dropped = torch.rand(y.shape, device=y.device) < self.label_dropout
                 y = y.masked_fill(dropped, self.null_cond["y"])
-            embedding = embedding + self.label(y)
+            try:  # looking at y beforehand would wait for a device; a CUDA one asserts on its own
+                embedding = embedding + self.label(y)
+            except IndexError:
+                raise OptionError(
+                    f"y has values in {int(y.min())}..{int(y.max())}; labels are in 0..{self.label.num_embeddings - 1}"
+                ) from None
         return F.silu(embedding)
 
 
