@@ -139,13 +139,17 @@ class Gaussian(Normal):
 @register_kl(Gaussian, Gaussian)
 def _kl_gaussian_gaussian(q: torch.distributions.Normal, p: torch.distributions.Normal) -> Tensor:
     r""":math:`\frac12 (e^d - 1 - d) + \frac12 (\mu_q - \mu_p)^2 / \sigma_p^2` with :math:`d = \log(\sigma_q^2 / \sigma_p^2)`."""
-    log_ratio = 2 * (q.scale / p.scale).log()
-    # Where both variances are nearly equal the three terms cancel: the series there, to d^7.
-    small = log_ratio.abs() < 0.1
+    # In float64, which for a scale shared by a whole image costs nothing: where both variances are nearly equal the quotient
+    # has lost what its logarithm is about, and the terms cancel. So log1p there, and the series to d^7.
+    q_scale, p_scale = q.scale.double(), p.scale.double()
+    gap = (q_scale - p_scale) / p_scale
+    small = gap.abs() < 0.005
+    log_ratio = 2 * torch.where(small, torch.log1p(torch.where(small, gap, 0.0)), (q_scale / p_scale).log())
     d = torch.where(small, log_ratio, 0.0)
     series = d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d / 5040)))))
     by_variance = torch.where(small, series, torch.expm1(log_ratio) - log_ratio)
-    return (((q.loc - p.loc) / p.scale).square() + by_variance).mul_(0.5)
+    by_mean = ((q.loc - p.loc) / p.scale).square()
+    return (by_mean + by_variance.to(by_mean.dtype)).mul_(0.5)
 
 
 def _round_to(value: float, dtype: torch.dtype) -> float:

@@ -303,9 +303,11 @@ class CosineSchedule(TableSchedule):
     """
 
     def __init__(self, steps: int = 1000) -> None:
-        u = torch.arange(_check_steps(steps) + 1, dtype=torch.float64) / steps
-        alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-        super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
+        # 1 - cos^2 b / cos^2 a, without the difference, which would leave few digits to a small beta
+        quarter = math.pi / 2 / 1.008
+        a = (torch.arange(_check_steps(steps), dtype=torch.float64) / steps + 0.008) * quarter
+        step = quarter / steps
+        super().__init__((math.sin(step) * torch.sin(2 * a + step) / torch.cos(a) ** 2).clamp(max=0.999))
 
     @property
     def config(self) -> dict[str, object]:

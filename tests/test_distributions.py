@@ -99,17 +99,21 @@ def exact(x: float, loc: float, scale: float, half: mp.mpf, level: int, top: int
     return float(mp.log(mass)), float((phi_a - phi_b) / mass), float((a * phi_a - b * phi_b) / mass)
 
 
-def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
-    assert torch.isfinite(got).all()
+def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, figure) -> None:
+    name = str(dtype).removeprefix("torch.")
+    figure("Q4", "values and gradients not finite", int((~torch.isfinite(got)).sum()), at_most=0)
+    figure.count("Q4", "points", got.shape[1], at_least=20_000)
     value_error = (got[0] - want[0]).abs() / (1 + want[0].abs())
-    assert value_error.max() <= VALUE_TOL[dtype]
+    figure("Q4", f"value error / (1 + |log p|), {name}", value_error.max().item(), at_most=VALUE_TOL[dtype])
     rel, floor = GRAD_TOL[dtype]
-    assert ((got[1:] - want[1:]).abs() - rel * want[1:].abs()).max() <= floor
+    gradient_error = ((got[1:] - want[1:]).abs() - floor) / want[1:].abs().clamp(min=1e-300)
+    figure("Q4", f"gradient's relative error, {name}", gradient_error.max().item(), at_most=rel)
 
 
+@pytest.mark.reliability("Q4")
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("name", GRIDS)
-def test_value_and_gradient_against_mpmath(name, dtype):
+def test_value_and_gradient_against_mpmath(name, dtype, figure):
     grid = GRIDS[name]
     x, loc, scale, level = hard_cases(300, grid, dtype, seed=1)
     top = round((grid[2] - grid[1]) / grid[0])
@@ -118,14 +122,15 @@ def test_value_and_gradient_against_mpmath(name, dtype):
         half = mp.mpf(grid[0]) / 2
         want = torch.tensor([exact(*row[:3], half, row[3], top) for row in rows], dtype=F64).T
     assert want[0].min() < -1e10  # the cases are as hard as they say
-    assert_close(evaluate(x, loc, scale, grid), want, dtype)
+    assert_close(evaluate(x, loc, scale, grid), want, dtype, figure)
 
 
+@pytest.mark.reliability("Q4")
 @pytest.mark.parametrize("name", GRIDS)
-def test_float32_against_float64_on_20000_cases(name):
+def test_float32_against_float64_on_20000_cases(name, figure):
     x, loc, scale, _ = hard_cases(20_000, GRIDS[name], F32, seed=2)
     want = evaluate(x, loc, scale, GRIDS[name], dtype=F64)
-    assert_close(evaluate(x, loc, scale, GRIDS[name]), want, F32)
+    assert_close(evaluate(x, loc, scale, GRIDS[name]), want, F32, figure)
 
 
 def test_difference_of_cdfs_fails_where_ours_does_not():
@@ -149,6 +154,7 @@ def test_torch_log_ndtr_gradient_fails_where_ours_does_not():
     assert abs(loc.grad.item() / -1e4 - 1) < 1e-6
 
 
+@pytest.mark.reliability("Q4")
 @pytest.mark.parametrize("exponent", [6, 9, 12])
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_far_tails_follow_the_asymptote(exponent, dtype):
@@ -181,6 +187,7 @@ BOUNDARIES = {
 }
 
 
+@pytest.mark.reliability("Q4")
 @pytest.mark.parametrize("name", BOUNDARIES)
 def test_first_and_second_derivatives_at_branch_boundaries(name):
     x, offset, scale = BOUNDARIES[name]
@@ -201,6 +208,7 @@ def test_boundary_cases_really_straddle():
     assert ((0.25 / s) * (c.abs() / s + 1) < 0.5).tolist() == [True, False, False]
 
 
+@pytest.mark.reliability("Q4")
 def test_hard_second_derivatives_are_finite():
     x, loc, scale, _ = hard_cases(5_000, GRIDS["8bit"], F32, seed=3)
     loc.requires_grad_()
@@ -234,9 +242,10 @@ def test_vmap_of_grad_agrees_with_autograd():
     assert torch.allclose(grad * scale, evaluate(x, loc, scale, GRIDS["17"])[1], rtol=1e-13)
 
 
+@pytest.mark.reliability("Q4")
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("cdf", ["exact", "tanh"])
-def test_probabilities_sum_to_one(name, cdf):
+def test_probabilities_sum_to_one(name, cdf, figure):
     bin_width, low, high = GRIDS[name]
     span = high - low
     loc = torch.tensor([low - span, low, low + 0.3 * span, high - bin_width / 2], dtype=F64)[:, None]
@@ -247,6 +256,10 @@ def test_probabilities_sum_to_one(name, cdf):
     assert d.pmf().shape == (4, len(scale), d.levels)
     tolerance = 1e-12 if cdf == "exact" else 1e-9
     assert (d.pmf().sum(-1) - 1).abs().max() < tolerance
+    if cdf == "exact":
+        single = DiscretizedNormal(loc.float(), scale.float(), bin_width, low, high)
+        off = (single.pmf().double().sum(-1) - 1).abs().max().item()
+        figure("Q4", "sum of probabilities less 1, float32", off, at_most=1e-6)
 
 
 def test_pmf_adds_up_to_the_normal_cdf():

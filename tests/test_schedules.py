@@ -14,6 +14,7 @@ from torch import nn
 
 from pyrodiff import (
     CosineSchedule,
+    ForwardProcess,
     GaussianDiffusion,
     LinearSchedule,
     LogLinearSchedule,
@@ -44,14 +45,16 @@ def test_betas_are_guided_diffusions(name, steps):
     with np.load(DATA / "schedules.npz") as reference:
         betas = reference[f"{name}_{steps}"]
     schedule = CLASSES[name](steps)
-    np.testing.assert_allclose(schedule.betas.numpy(), betas, rtol=1e-12)
+    # its cosine betas are 1 - ratio, which rounds the ratio to 2^-53: what mpmath says of both is below
+    rounding = {"rtol": 1e-12, "atol": 2.0**-52 if name == "cosine" else 0}
+    np.testing.assert_allclose(schedule.betas.numpy(), betas, **rounding)
     alpha_bar = np.cumprod(1 - betas)  # what it computes from them
     got = schedule.alpha(torch.arange(1, steps + 1)).numpy() ** 2
     np.testing.assert_allclose(got, alpha_bar, rtol=1e-11)
     # a perturbed formula is seen: the next step's beta, or one part in 10^9 of it
     for wrong in (np.roll(betas, 1), betas * (1 + 1e-9)):
         with pytest.raises(AssertionError):
-            np.testing.assert_allclose(schedule.betas.numpy(), wrong, rtol=1e-12)
+            np.testing.assert_allclose(schedule.betas.numpy(), wrong, **rounding)
 
 
 @pytest.mark.parametrize("case", RESPACING)
@@ -96,52 +99,95 @@ def mp_alpha_bars(name, steps):
         low, high = mpmath.mpf(-10), mpmath.mpf(8)
         snr = [high + (low - high) * (mpmath.mpf(i) / (steps - 1) if steps > 1 else 1) for i in range(steps)]
         return [1 / (1 + mpmath.exp(-z)) for z in snr]
+    if name == "respaced":  # a third of the steps, or all of one or two
+        return [mp_alpha_bars("cosine", 3 * steps)[t - 1] for t in range(1, 3 * steps + 1) if t % 3 == 1]
     found, product = [], mpmath.mpf(1)
-    for beta in mp_betas(name, steps):
+    betas = mp_betas(name, steps) if name in CLASSES else [mpmath.mpf(b) for b in table(name, steps)]
+    for beta in betas:
         product *= 1 - beta
         found.append(product)
     return found
+
+
+def table(name, steps):
+    """Betas between 1e-4 and 0.02, times 1000 / T: tables of doubles, exact as they are given."""
+    share = np.linspace(0, 1, steps) if steps > 1 else np.ones(1)
+    ends = np.minimum(np.array([1e-4, 0.02]) * 1000 / steps, [0.5, 0.9])
+    if name == "quadratic":
+        return (np.sqrt(ends[0]) + (np.sqrt(ends[1]) - np.sqrt(ends[0])) * share) ** 2
+    return ends[0] + (ends[1] - ends[0]) / (1 + np.exp(6 - 12 * share))
+
+
+MP_SCHEDULES = {
+    "linear": LinearSchedule,
+    "cosine": CosineSchedule,
+    "loglinear": lambda steps: LogLinearSchedule(steps, -10.0, 8.0),
+    "quadratic": lambda steps: TableSchedule(table("quadratic", steps).tolist()),
+    "sigmoid": lambda steps: TableSchedule(table("sigmoid", steps).tolist()),
+    "respaced": lambda steps: CosineSchedule(3 * steps).respace(list(range(1, 3 * steps + 1, 3))),
+}
 
 
 def largest_relative_error(got, expected):
     return max(float(abs(mpmath.mpf(g) - e) / abs(e)) for g, e in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10, 100, 1000, 4000])
-@pytest.mark.parametrize("name", ["linear", "cosine", "loglinear"])
-def test_every_derived_quantity_against_mpmath(name, steps):
+@pytest.mark.reliability("Q1")
+@pytest.mark.parametrize("steps", [1, 2, 10, 100, 1000, 4000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", MP_SCHEDULES)
+def test_every_derived_quantity_against_mpmath(name, steps, figure):
+    """In float64, and as the laws of q hold it in float32: rounded once."""
+    figure.count("Q1", "schedules x T", 1, at_least=6 * 7)
     if name == "linear" and steps <= 20:
         with pytest.raises(OptionError):
             LinearSchedule(steps)
         return
-    schedule = CLASSES[name](steps) if name in CLASSES else LogLinearSchedule(steps, -10.0, 8.0)
+    schedule = MP_SCHEDULES[name](steps)
     t = torch.arange(1, steps + 1)
+    q = ForwardProcess(schedule, event_dim=0)
+    one = torch.ones(steps)
+    marginal, transition = q.marginal(one, t), q.transition(one, t - 1, t)
     with mpmath.workdps(50):
         alpha_bar = mp_alpha_bars(name, steps)
         before = [mpmath.mpf(1), *alpha_bar[:-1]]
         pairs = list(zip(before, alpha_bar, strict=True))
-        expected = {
+        beta = [1 - a / s for s, a in pairs]
+        double = {
             "alpha^2": (schedule.alpha(t) ** 2, alpha_bar),
             "sigma^2": (schedule.sigma(t) ** 2, [1 - a for a in alpha_bar]),
             "snr": (schedule.log_snr(t).exp(), [a / (1 - a) for a in alpha_bar]),
-            "beta": (schedule.betas, [1 - a / s for s, a in pairs]),
-            "beta-tilde": (
-                schedule.betas[1:] * schedule.sigma(t[1:] - 1) ** 2 / schedule.sigma(t[1:]) ** 2,
-                [(1 - a / s) * (1 - s) / (1 - a) for s, a in pairs[1:]],
-            ),
+            "beta": (schedule.betas, beta),
         }
-        for what, (got, reference) in expected.items():
-            if len(reference):
-                error = largest_relative_error(got.tolist(), reference)
-                tolerance = 1e-11
-                if name == "cosine" and what.startswith("beta"):
-                    # Its betas are 1 - ratio, as everywhere: half an ulp of the ratio is what a
-                    # small beta can lose, 1.6e-11 of it at T = 4000.
-                    tolerance = max(tolerance, 2.0**-52 / float(schedule.betas.min()))
-                assert error <= tolerance, f"{what}: {error:.1e}"
+        single = {
+            "alpha": (marginal.mean, [mpmath.sqrt(a) for a in alpha_bar]),
+            "sigma": (marginal.stddev, [mpmath.sqrt(1 - a) for a in alpha_bar]),
+            "sqrt(1 - beta)": (transition.mean, [mpmath.sqrt(a / s) for s, a in pairs]),
+            "sqrt(beta)": (transition.stddev, [mpmath.sqrt(b) for b in beta]),
+        }
+        if steps > 1:
+            _, a, b, small, large = q.posterior_terms(one[1:], t[1:])
+            posterior = q.posterior(one[1:], one[1:], t[1:])
+            rows = list(zip(pairs[1:], beta[1:], strict=True))
+            variance = [y * (1 - s) / (1 - z) for (s, z), y in rows]
+            double |= {"beta-tilde": (small, variance), "beta again": (large, beta[1:])}
+            single |= {
+                "c1": (a, [y * mpmath.sqrt(s) / (1 - z) for (s, z), y in rows]),
+                "c2": (b, [mpmath.sqrt(z / s) * (1 - s) / (1 - z) for (s, z), _ in rows]),
+                "sqrt(beta-tilde)": (posterior.stddev, [mpmath.sqrt(v) for v in variance]),
+            }
+        for what, (got, reference) in double.items():
+            assert got.dtype == torch.float64
+            error = largest_relative_error(got.tolist(), reference)
+            assert error <= 1e-11, f"{what}: {error:.1e}"
+            figure("Q1", "relative error, float64", error, at_most=1e-11)
+        for what, (got, reference) in single.items():
+            assert got.dtype == torch.float32
+            error = largest_relative_error(got.tolist(), reference)
+            assert error <= 6e-8, f"{what}: {error:.1e}"
+            figure("Q1", "relative error, float32", error, at_most=6e-8)
         # negative control: the same comparison, one step out
         if steps > 1:
-            assert largest_relative_error(schedule.betas.roll(1).tolist(), expected["beta"][1]) > 1e-6
+            assert largest_relative_error(schedule.betas.roll(1).tolist(), beta) > 1e-6
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
