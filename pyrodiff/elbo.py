@@ -36,7 +36,7 @@ from torch.distributions import kl_divergence
 from torch.distributions.kl import _KL_REGISTRY
 from tqdm.auto import tqdm
 
-from ._tensor import check_event, take_rows
+from ._tensor import check_event, sum_event, take_rows
 from .diffusion import PARTICLES, GaussianDiffusion
 from .errors import OptionError, ProgramError, ShapeError, check_option
 from .schedules import Schedule
@@ -370,8 +370,11 @@ def _independent_terms(
 def _draw(q: dist.TorchDistribution, p: dist.TorchDistribution) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """A draw from q; and KL(q || p), analytic and by that draw, in float64 on the CPU."""
     x = q.sample()
-    log_ratio = q.log_prob(x) - p.log_prob(x)
-    return x, (kl_divergence(q, p).double().cpu(), log_ratio.double().cpu())
+    # element by element: both sums are thousands of nats, of which float32 would keep four digits after the point
+    elements = (law.base_dist if law.event_dim else law for law in (q, p))
+    of_q, of_p = (law.log_prob(x) for law in elements)
+    log_ratio = sum_event((of_q - of_p).double(), q.event_dim)
+    return x, (kl_divergence(q, p).double().cpu(), log_ratio.cpu())
 
 
 # ---------------------------------------------------------------------- Pyro's own terms, and strict ELBOs

@@ -86,12 +86,16 @@ def inputs(chain, dtype=torch.float32):
     return x0, alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, t
 
 
+LAWS = "guided-diffusion's q: means and variances, float32"
+
+
 def assert_near(got, expected, relative=1e-5, absolute=0.0):
-    """Within ``relative`` of each example's largest entry."""
+    """Within ``relative`` of each example's largest entry; returns the largest share of it."""
     got, expected = got.double().expand(expected.shape), expected.double()
     error = (got - expected).abs().flatten(1).amax(1)
     largest = expected.abs().flatten(1).amax(1)
     assert (error <= relative * largest + absolute).all(), f"{error.tolist()} of {largest.tolist()}"
+    return ((error - absolute) / largest).max().item()
 
 
 def assert_near_log_variance(law, expected):
@@ -108,28 +112,30 @@ def assert_not_near(got, expected):
 # ---------------------------------------------------------------------- laws
 
 
+@pytest.mark.reliability("Q7")
 @every_chain
-def test_q_marginal(chain):
+def test_q_marginal(chain, figure):
     f = figures()
     x0, x_t, t = inputs(chain)
     q = build(chain).forward_process
     law = q.marginal(x0, t)
-    assert_near(law.mean, f[f"{chain}/q_mean"])
-    assert_near(law.variance, f[f"{chain}/q_var"])
+    figure("Q7", LAWS, assert_near(law.mean, f[f"{chain}/q_mean"]), at_most=1e-6)
+    figure("Q7", LAWS, assert_near(law.variance, f[f"{chain}/q_var"]), at_most=1e-6)
     assert_near_log_variance(law, f[f"{chain}/q_logvar"])
     assert_near(law.mean + law.stddev * f[f"{chain}/noise"], x_t)
     assert_not_near(q.marginal(x0, (t + 1).clamp(max=q.schedule.steps)).variance, f[f"{chain}/q_var"])
 
 
+@pytest.mark.reliability("Q7")
 @every_chain
-def test_q_posterior(chain):
+def test_q_posterior(chain, figure):
     f = figures()
     x0, x_t, t = inputs(chain)
     later = t > 1  # at their index 0 the law is a point mass
     assert int(later.sum()) == 4
     law = build(chain).forward_process.posterior(x0[later], x_t[later], t[later])
-    assert_near(law.mean, f[f"{chain}/post_mean"][later])
-    assert_near(law.variance, f[f"{chain}/post_var"][later])
+    figure("Q7", LAWS, assert_near(law.mean, f[f"{chain}/post_mean"][later]), at_most=1e-6)
+    figure("Q7", LAWS, assert_near(law.variance, f[f"{chain}/post_var"][later]), at_most=1e-6)
     assert_near_log_variance(law, f[f"{chain}/post_logvar_clipped"][later])
     # their clipped log-variance at index 0 is that of index 1, which decoder="openai" takes
     small = build(chain).reverse_kernel(x_t[~later], t[~later])
@@ -138,12 +144,13 @@ def test_q_posterior(chain):
     assert_not_near(swapped.mean, f[f"{chain}/post_mean"][later])
 
 
+@pytest.mark.reliability("Q7")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("clip", [False, True])
 @every_variance
 @every_mean
 @every_chain
-def test_the_models_law(chain, mean_type, variance_type, clip, dtype):
+def test_the_models_law(chain, mean_type, variance_type, clip, dtype, figure):
     f = figures()
     _, x_t, t = inputs(chain)
     x_t = x_t.to(dtype)
@@ -151,7 +158,7 @@ def test_the_models_law(chain, mean_type, variance_type, clip, dtype):
     key = f"{chain}/{mean_type}/{variance_type}/clip{int(clip)}"
     law = kernel(x_t, t)
     assert law.mean.dtype == dtype
-    assert_near(law.mean, f[f"{key}/mean"])
+    figure("Q7", "guided-diffusion's p: mean, float32", assert_near(law.mean, f[f"{key}/mean"]), at_most=1e-5)
     assert_near_log_variance(law, f[f"{key}/log_variance"])
     variance = f[f"{key}/variance"].clone()
     if variance_type == "FIXED_SMALL":
@@ -196,6 +203,7 @@ def vb_bits(diffusion, x0, x_t, t):
     return nats / (DIMS * math.log(2))
 
 
+@pytest.mark.reliability("Q7")
 @every_chain
 def test_prior_bits(chain):
     f = figures()
@@ -212,6 +220,7 @@ def test_prior_bits(chain):
         assert (one_early / (DIMS * math.log(2)) - expected).abs().min() > 1e-5
 
 
+@pytest.mark.reliability("Q7")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @every_variance
 @every_mean
@@ -248,6 +257,7 @@ def program_traces(diffusion, x0, x_t, t, weight=None):
     return model, guide
 
 
+@pytest.mark.reliability("Q7")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @every_variance
 @every_mean

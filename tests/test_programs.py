@@ -1,6 +1,7 @@
 """The Pyro programs: everything Pyro promises of a (model, guide) pair must hold of ours."""
 
 import copy
+import time
 
 import pyro
 import pyro.distributions as dist
@@ -683,3 +684,19 @@ def test_trusted_programs_give_the_same_loss_for_less():
     torch.manual_seed(0)
     losses.append(StockMeanField().loss(diffusion.model, diffusion.guide, x0, t))
     assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-6)
+
+
+@pytest.mark.slow  # processor time, the least of a few: but a busy machine's caches tell in that too
+@pytest.mark.reliability("Q25")
+def test_what_pyro_costs(figure):
+    """A chain of 1000 steps has 2001 sites in both programs; a network that costs next to nothing."""
+    diffusion, x0 = exact(1000), torch.zeros(4, 2)
+    with pyro.validation_enabled(False):
+        for elbo in (StockMeanField(), Trace_ELBO(), pyrodiff.TraceMeanField_ELBO()):
+            seconds = []
+            for _ in range(3):
+                start = time.process_time()
+                elbo.loss(diffusion.model, diffusion.guide, x0)
+                seconds.append(time.process_time() - start)
+            figure("Q25", "seconds for a chain of 1000", min(seconds), at_most=2)
+            figure("Q25", "ms per site", 1e3 * min(seconds) / 2001, at_most=1)

@@ -39,15 +39,17 @@ SCHEDULES = {
 # ---------------------------------------------------------------------- reference figures
 
 
+@pytest.mark.reliability("Q7")
 @pytest.mark.parametrize("steps", [50, 100, 1000, 4000])
 @pytest.mark.parametrize("name", CLASSES)
-def test_betas_are_guided_diffusions(name, steps):
+def test_betas_are_guided_diffusions(name, steps, figure):
     with np.load(DATA / "schedules.npz") as reference:
         betas = reference[f"{name}_{steps}"]
     schedule = CLASSES[name](steps)
     # its cosine betas are 1 - ratio, which rounds the ratio to 2^-53: what mpmath says of both is below
     rounding = {"rtol": 1e-12, "atol": 2.0**-52 if name == "cosine" else 0}
     np.testing.assert_allclose(schedule.betas.numpy(), betas, **rounding)
+    figure("Q7", "guided-diffusion's betas, float64", np.abs(schedule.betas.numpy() - betas).max(), at_most=1e-12)
     alpha_bar = np.cumprod(1 - betas)  # what it computes from them
     got = schedule.alpha(torch.arange(1, steps + 1)).numpy() ** 2
     np.testing.assert_allclose(got, alpha_bar, rtol=1e-11)
