@@ -101,8 +101,8 @@ def mp_alpha_bars(name, steps):
         low, high = mpmath.mpf(-10), mpmath.mpf(8)
         snr = [high + (low - high) * (mpmath.mpf(i) / (steps - 1) if steps > 1 else 1) for i in range(steps)]
         return [1 / (1 + mpmath.exp(-z)) for z in snr]
-    if name == "respaced":  # a third of the steps, or all of one or two
-        return [mp_alpha_bars("cosine", 3 * steps)[t - 1] for t in range(1, 3 * steps + 1) if t % 3 == 1]
+    if name == "respaced":  # every third step
+        return mp_alpha_bars("cosine", 3 * steps)[::3]
     found, product = [], mpmath.mpf(1)
     betas = mp_betas(name, steps) if name in CLASSES else [mpmath.mpf(b) for b in table(name, steps)]
     for beta in betas:
