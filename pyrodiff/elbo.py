@@ -521,7 +521,7 @@ def check_mean_field(model_trace: Trace, guide_trace: Trace) -> None:
         )
     for name, site in latents.items():
         guide_site = guides[name]
-        (q, *q_masks), (p, *p_masks) = ((base, *masks) for base, masks in map(_base, (guide_site["fn"], site["fn"])))
+        (q, q_masks), (p, p_masks) = _base(guide_site["fn"]), _base(site["fn"])
         if not q.has_rsample:
             raise ProgramError(f"guide site {name!r} ({type(q).__name__}) is not reparameterised; take Trace_ELBO")
         pairs = ((a, b) for a in _registered(type(q)) for b in _registered(type(p)))
@@ -614,9 +614,15 @@ def _check_shapes(model_trace: Trace, guide_trace: Trace) -> None:
                     f"site {name!r} observes a value of shape {list(value.shape)}, which all {plate.size} rows of plate "
                     f"{plate.name!r} would share: to_event of too many dims, or a value too few"
                 )
-        if value.device.type != "meta":
-            on_support = fn.support.check(value)
-            if not (value.isfinite().all() and on_support.all()):
-                raise ProgramError(
-                    f"site {name!r} observes values that are NaN, infinite or outside its law's support, {fn.support}"
-                )
+        if value.device.type != "meta" and not (value.isfinite().all() and _in_support(fn, value)):
+            raise ProgramError(
+                f"site {name!r} observes values that are NaN, infinite or outside the support of its law, {type(_base(fn)[0]).__name__}"
+            )
+
+
+def _in_support(fn: Any, value: Tensor) -> bool:
+    """Whether all values are, as far as the law says what its support is."""
+    try:
+        return bool(fn.support.check(value).all())
+    except NotImplementedError:
+        return True
