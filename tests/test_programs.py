@@ -470,6 +470,23 @@ def test_strict_mean_field_names_the_site(model, guide, message, validation):
         pyrodiff.TraceMeanField_ELBO().loss(model, guide)
 
 
+class Unstated(dist.TorchDistribution):
+    """A law that does not say what its support is."""
+
+    arg_constraints = {}  # noqa: RUF012
+
+    def log_prob(self, value):
+        return -value.square()
+
+
+def test_strict_mean_field_takes_observations_of_a_law_without_support():
+    with pyro.validation_enabled(False):
+        loss = pyrodiff.TraceMeanField_ELBO().loss(
+            lambda: pyro.sample("y", Unstated(validate_args=False), obs=torch.tensor(2.0)), lambda: None
+        )
+    assert loss == 4
+
+
 def test_strict_mean_field_accepts_what_is_right():
     for p, q in ((N, N), (dist.Normal(torch.zeros(3), 1.0).to_event(1), dist.Normal(torch.ones(3), 2.0).to_event(1))):
         model, guide = pair(p, q)

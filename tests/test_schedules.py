@@ -135,7 +135,9 @@ def largest_relative_error(got, expected):
 
 
 @pytest.mark.reliability("Q1")
-@pytest.mark.parametrize("steps", [1, 2, 10, 100, 1000, 4000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "steps", [1, 2, 10, 100, 1000, *(pytest.param(n, marks=pytest.mark.slow) for n in (4000, 10_000))]
+)
 @pytest.mark.parametrize("name", MP_SCHEDULES)
 def test_every_derived_quantity_against_mpmath(name, steps, figure):
     """In float64, and as the laws of q hold it in float32: rounded once."""
