@@ -333,6 +333,8 @@ def step_log_probs(diffusion: GaussianDiffusion, path: Tensor, *args: Any, **opt
         ShapeError: the path has another number of states.
     """
     n, found = path.shape[1] if path.dim() > 1 else 0, []
+    if len(args) < 3:  # method, steps, seed
+        options["seed"] = 0  # nothing is drawn here: not a seed either, from torch's generator
     first = 0
     for walk in _walks(diffusion, n, *args, **options):
         check_event("path", path, diffusion.event_shape)

@@ -41,7 +41,7 @@ def residual(weights: Tensor, uniforms: Tensor) -> Tensor:
     whole = (count * weights + 1e-9).floor()  # weights that add up to 1 but for rounding
     copies, rest = whole.cumsum(-1), (count * weights - whole).clamp(min=0)
     place = torch.arange(count, device=weights.device).double().expand(weights.shape).contiguous()
-    kept = torch.searchsorted(copies, place, right=True).clamp(max=count - 1)
+    kept = torch.searchsorted(copies.contiguous(), place, right=True).clamp(max=count - 1)
     return torch.where(place < copies[:, -1:], kept, _at(rest, uniforms))
 
 
@@ -50,7 +50,9 @@ def _at(weights: Tensor, points: Tensor) -> Tensor:
     mass = weights.cumsum(-1)
     total = mass[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))
-    return torch.searchsorted(mass, torch.minimum(points * total, below), right=True).clamp(max=weights.shape[-1] - 1)
+    # of weights in another layout cumsum keeps it, and searchsorted warns
+    points = torch.minimum(points * total, below).contiguous()
+    return torch.searchsorted(mass.contiguous(), points, right=True).clamp(max=weights.shape[-1] - 1)
 
 
 RESAMPLING: dict[str, Resampling] = {

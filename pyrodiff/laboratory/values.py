@@ -110,7 +110,7 @@ def control_variate(terms: Terms) -> tuple[Tensor, float]:
     parts, coefficients = [], []
     for mine, other in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
         a, n = kl[other] - kl[other].mean(0), noise[other] - noise[other].mean(0)
-        c = -(a * n).sum() / n.square().sum()
+        c = -(a * n).sum() / n.square().sum().clamp(min=torch.finfo(n.dtype).tiny)  # 0 of no noise at all
         parts.append(kl[mine] + c * noise[mine])
         coefficients.append(float(c))
     return torch.cat(parts), sum(coefficients) / 2

@@ -45,7 +45,7 @@ __all__ = ["curve", "effective_chains", "importance_weighted", "log_weights", "p
 
 HEAVY = 0.7  # Pareto's k above which importance sampling fails in practice (Vehtari et al., 2024)
 FEW = 0.1  # of the chains after the first: fewer effective ones than that are a collapse
-ROUNDING = 1e-6  # of log w, nats: what varies less has no tail
+ROUNDING = 1e-5  # of log w, nats: what varies less has no tail
 TINY = 1e-280  # against 0 / 0
 LEAST = 25  # weights whose upper fifth makes the five points that a tail takes
 
@@ -184,7 +184,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
         log_weights: ``[S, B]``.
 
     Returns:
-        float64 ``[B]``: NaN for S < 25; -inf where the largest weights are equal to 1e-6.
+        float64 ``[B]``: NaN for S < 25; -inf where the largest weights are equal to 1e-5.
     """
     count = len(log_weights)
     tail = math.ceil(min(count / 5, 3 * math.sqrt(count)))
