@@ -24,6 +24,8 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from reliability import Report, figure, marked  # noqa: F401  (a fixture)
 
+pytest_plugins = ["monte_carlo"]
+
 torch.set_num_threads(1)
 
 try:

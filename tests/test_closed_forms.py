@@ -16,6 +16,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from monte_carlo import any_seed, assert_estimate, assert_mean, assert_rejected
 from oracles import (
     DDPM,
     MEAN,
@@ -29,6 +30,7 @@ from oracles import (
 )
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from scipy import stats
 from torch import nn
 
 import pyrodiff
@@ -610,11 +612,12 @@ def test_one_timestep_loss_is_the_sum_of_its_sites(steps):
 # ---------------------------------------------------------------------- SVI against the closed form
 
 
+@pytest.mark.monte_carlo
 @pytest.mark.reliability("Q3")
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
 @pytest.mark.parametrize("steps", [1, 2, 5, 50, pytest.param(1000, marks=pytest.mark.slow)])
 def test_svi_estimates_hit_the_closed_form(steps, variance, figure):
-    """Sums of chi-squares have light tails: z-tests, |z| < 4.89, one false alarm in a million each."""
+    """Sums of chi-squares have light tails. A denoiser with a gain of 1.3 would be seen."""
     copies = 3000
     diffusion, oracle = gaussian(linear_betas(steps), "v", variance, event_shape=(1,))
     data = np.array([-0.4, 0.3, 1.1])
@@ -626,17 +629,18 @@ def test_svi_estimates_hit_the_closed_form(steps, variance, figure):
         ("monte_carlo", diffusion.guide, Trace_ELBO),
         ("monte_carlo", diffusion.noising, Trace_ELBO),
     ):
-        values = sum(elbo.site_terms(*traces(diffusion, x0, guide=guide, seed=11), kl=kl).values())
-        torch.manual_seed(11)
+        seed = any_seed()
+        values = sum(elbo.site_terms(*traces(diffusion, x0, guide=guide, seed=seed), kl=kl).values())
+        torch.manual_seed(seed)
         loss = stock_elbo().loss(diffusion.model, guide, x0)
         assert abs(loss - values.sum().item()) <= 1e-10 * abs(loss)
-        values = values.reshape(3, copies)
-        se = values.std(1).numpy() / math.sqrt(copies)
-        z = np.abs(values.mean(1).numpy() - truth) / se
+        values = values.reshape(3, copies).T
+        se = values.std(0).numpy() / math.sqrt(copies)
+        z = np.abs(values.mean(0).numpy() - truth) / se
         figure("Q3", f"|z| of the {kl} KL, {type(guide).__name__.lower()}", z.max(), at_most=Z)
         figure.count("Q3", "z-tests", z.size, at_least=3 * 5 * 3 * 3)
-        # enough copies: what a denoiser with a gain of 1.3 would cost is seen in all but one in a million runs
-        assert (2 * Z * se < np.abs(neighbour.nelbo(data) - truth)).any()
+        change = np.abs(neighbour.nelbo(data) - truth)
+        assert_mean(values, truth, detects=np.where(change / se == (change / se).max(), change, math.inf))
 
 
 def test_an_analytic_kl_with_the_forward_chain_is_wrong_and_the_strict_elbo_says_so():
@@ -672,6 +676,7 @@ def test_renyi_on_one_timestep_exceeds_log_p_and_the_strict_one_raises():
         pyrodiff.RenyiELBO(**particles).loss(scaled.model, scaled.guide, x0)
 
 
+@pytest.mark.monte_carlo
 @pytest.mark.parametrize("make", [RenyiELBO, pyrodiff.RenyiELBO], ids=["stock", "strict"])
 def test_importance_weighted_bound_on_the_whole_chain(make):
     """ELBO < E IWAE(K) <= log p(x_0), the ends in closed form, and it rises with K."""
@@ -679,14 +684,16 @@ def test_importance_weighted_bound_on_the_whole_chain(make):
     x0 = as_tensor([[0.9]])
     elbo_value, log_p = -float(oracle.nelbo(0.9)), float(oracle.log_density(0.9))
     assert log_p - elbo_value > 0.5  # a gap worth crossing
-    means, errors = [], []
-    for k, repeats in ((4, 100), (256, 25)):
+    found = []
+    for k, repeats in ((4, 100), (256, 30)):
         bound = make(alpha=0.0, num_particles=k, vectorize_particles=True, max_plate_nesting=1)
-        values = [-bound.loss(diffusion.model, diffusion.guide, x0) for _ in range(repeats)]
-        means.append(np.mean(values))
-        errors.append(np.std(values, ddof=1) / math.sqrt(repeats))
-    assert elbo_value + 2 * Z * errors[0] < means[0] < means[1] - Z * errors[1]
-    assert means[1] <= log_p + Z * errors[1]
+        values = np.array([-bound.loss(diffusion.model, diffusion.guide, x0) for _ in range(repeats)])
+        assert_mean(values, (elbo_value, log_p), detects=log_p - elbo_value)
+        found.append(values)
+    # of four particles it is not the ELBO, nor that of 256
+    few, many = (float(values.mean()) for values in found)
+    error = float(np.std(found[0])) / 10
+    assert_rejected([stats.norm.sf((few - elbo_value) / error), stats.norm.sf((many - few) / error)], misses=1e-2)
 
 
 # ---------------------------------------------------------------------- C2: samplers, without randomness
@@ -1022,13 +1029,14 @@ def test_the_error_term_of_every_objective(prediction, objective):
             torch.testing.assert_close(got.roll(1), expected.sum(1) * share, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.monte_carlo
 def test_the_first_loss_of_a_fresh_unet():
     net = pyrodiff.nets.UNet(1, width=8, multipliers=(1, 2), blocks=1)
     diffusion = GaussianDiffusion(net, LinearSchedule(1000), (1, 8, 8), objective="simple")
     x0 = torch.rand(64, 1, 8, 8) * 2 - 1
     t = pyrodiff.timesteps.low_discrepancy(64, 1000)
     loss = TraceMeanField_ELBO().loss(diffusion.model, diffusion.guide, x0, t) / x0.numel()
-    assert abs(loss - 1) < 5 * math.sqrt(2 / x0.numel())
+    assert_estimate(loss, math.sqrt(2 / x0.numel()), 1.0, detects=0.3)  # of a network that returns 0: a chi-square
 
 
 # ---------------------------------------------------------------------- C8: degenerate cases

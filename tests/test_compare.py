@@ -1,5 +1,7 @@
 """``compare_estimators`` and ``pyrodiff compare``: one call, every table, files that open elsewhere."""
 
+import copy
+import math
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray
+from monte_carlo import assert_estimate
 
 import pyrodiff
 from pyrodiff import cli
@@ -39,6 +42,7 @@ def comparison(diffusion, x0):
     return pyrodiff.compare_estimators(diffusion, x0[:4], **options)
 
 
+@pytest.mark.monte_carlo
 def test_one_call_answers(comparison, diffusion, x0):
     assert {"chain", "independent", "uniform, 1", "importance, low discrepancy, 4"} <= set(comparison.values.path)
     assert {"analytic", "k1", "k2", "k3", "analytic + c N", "IWAE 2"} <= set(comparison.values.kl)
@@ -49,7 +53,9 @@ def test_one_call_answers(comparison, diffusion, x0):
     mc = comparison.values.set_index(["path", "kl"]).loc[("chain", "k1")]
     assert -float(comparison.terms.by("monte_carlo").elbo.mean()) == pytest.approx(mc["mean"], rel=1e-9)
     reference = pyrodiff.elbo_terms(diffusion, x0[:4], repeats=200)
-    assert row["mean"] == pytest.approx(-float(reference.elbo.mean()), abs=5 * row["se_noise"] + 0.05)
+    exact = pyrodiff.bits_per_dim(reference)
+    unit = -float(reference.elbo.mean()) / exact.mean
+    assert_estimate(row["mean"], math.hypot(row["se_noise"], unit * exact.se_noise), unit * exact.mean, detects=8.0)
     text = str(comparison)
     assert "two groups of 64 chains need repeats=128, not 8" in text and "T 12" in text
 
@@ -96,6 +102,7 @@ def test_the_bound_of_a_pool(diffusion, x0):
         ({"timesteps": (0,)}, "timesteps"),
         ({"iwae": (0,)}, "iwae"),
         ({"se": 0.1}, "pool and se"),
+        ({"seed": -1}, "seed=-1"),
         ({"exact": torch.zeros(3)}, "exact has shape"),
         ({"exact_log_prob": torch.zeros(2, 1)}, "exact_log_prob has shape"),
     ],
@@ -166,3 +173,11 @@ def test_the_command(tmp_path, capsys, x0):
 def test_the_tree_takes_tables(comparison, diffusion):
     tree = to_datatree(comparison.terms, diffusion=diffusion, tables={"estimators": comparison.values})
     assert tree["estimators"].dataset.sizes and "variance" in tree["estimators"].dataset
+
+
+def test_one_image_without_its_batch_and_a_frozen_model_are_refused(diffusion, x0):
+    with pytest.raises(ShapeError, match="with B >= 1"):
+        pyrodiff.compare_estimators(diffusion, x0[0])
+    frozen = copy.deepcopy(diffusion).requires_grad_(False)
+    with pytest.raises(OptionError, match="no parameter of the diffusion requires a gradient"):
+        pyrodiff.compare_estimators(frozen, x0[:2])

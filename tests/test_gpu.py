@@ -9,6 +9,7 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+from monte_carlo import assert_estimate
 from pyro import poutine
 
 import pyrodiff
@@ -96,14 +97,15 @@ def test_samples_are_the_cpus(method: str, last: str, tmp_path: Path):
     torch.testing.assert_close(b.cpu(), a, rtol=0, atol=1e-3)
 
 
+@pytest.mark.monte_carlo
 def test_elbo_terms_run_there_and_agree_within_their_noise(tmp_path: Path):
     cpu = make()
     cuda = on_cuda(cpu, tmp_path)
     x0 = images(32)
     a = bits_per_dim(elbo_terms(cpu, x0, repeats=8))
     b = bits_per_dim(elbo_terms(cuda, x0.cuda(), repeats=8))
-    # the same images, other noise: 5 standard errors, a false alarm in a million
-    assert abs(a.mean - b.mean) < 5 * (a.se_noise**2 + b.se_noise**2) ** 0.5 + 1e-3
+    # the same images, other noise
+    assert_estimate(a.mean - b.mean, (a.se_noise**2 + b.se_noise**2) ** 0.5, (-1e-3, 1e-3), detects=1.0)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -163,6 +165,7 @@ def test_cuda_is_the_default_device():
     assert {p.device.type for p in diffusion.parameters()} == {"cuda"}
 
 
+@pytest.mark.monte_carlo
 def test_digits_under_bf16_learn_and_the_bound_is_the_cpus(tmp_path: Path):
     pytest.importorskip("sklearn")
     digits = pyrodiff.load_data("digits")
@@ -179,5 +182,5 @@ def test_digits_under_bf16_learn_and_the_bound_is_the_cpus(tmp_path: Path):
     cpu = pyrodiff.load(tmp_path)
     a = bits_per_dim(elbo_terms(cpu, digits.test, 16, repeats=4))
     b = bits_per_dim(elbo_terms(pyrodiff.load(tmp_path, device="cuda"), digits.test.cuda(), 16, repeats=4))
-    # the same weights and images, other noise: 5 standard errors
-    assert abs(a.mean - b.mean) < 5 * (a.se_noise**2 + b.se_noise**2) ** 0.5 + 2e-3
+    # the same weights and images, other noise
+    assert_estimate(a.mean - b.mean, (a.se_noise**2 + b.se_noise**2) ** 0.5, (-2e-3, 2e-3), detects=1.0)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
+from monte_carlo import assert_proportion
 from torch import Tensor, nn
 
 import pyrodiff
@@ -39,19 +39,17 @@ def labels_seen(net: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return out, seen[0]
 
 
+@pytest.mark.monte_carlo
 def test_labels_are_dropped_as_often_as_asked():
-    """The count of n labels is binomial: 4.9 standard deviations, a false alarm in 1e6."""
     n, p = 20_000, 0.1
     net, y = mlp(label_dropout=p).train(), torch.arange(n) % 3
     _, seen = labels_seen(net, torch.zeros(n, 2), y)
     dropped = seen == 3
-    margin = 4.9 * math.sqrt(n * p * (1 - p))
-    assert abs(int(dropped.sum()) - n * p) < margin
-    assert margin < 0.11 * n * p  # a rate wrong by a ninth would be seen
+    assert_proportion(dropped.sum(), n, p, detects=0.025)
     assert torch.equal(seen[~dropped], y[~dropped])
     # independently of the label, and of the neighbour
     for part in (dropped[y == 0], dropped[1:][dropped[:-1]]):
-        assert abs(int(part.sum()) - len(part) * p) < 4.9 * math.sqrt(len(part) * p * (1 - p))
+        assert_proportion(part.sum(), len(part), p, detects=0.1)
 
 
 @each_net

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from monte_carlo import assert_mean
 from scipy import stats
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
@@ -64,16 +65,15 @@ def test_the_exact_posterior_obeys_bayes(cell):
     torch.testing.assert_close(evidence, torch.full((50,), given.log_z).double(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.monte_carlo
 def test_exact_samples_have_the_exact_moments():
-    """Within five standard errors of 200,000 draws."""
     given = posterior.problem(posterior.Mixture(2), 1.0, 2, 1)
     x = given.draw(200_000)
     centre = given.weights @ given.means
     spread = given.root @ given.root.T + (given.means - centre).T @ torch.diag(given.weights) @ (given.means - centre)
     products = (x - centre)[:, :, None] * (x - centre)[:, None]
     for values, expected in ((x, centre), (products, spread)):
-        error = (values.mean(0) - expected) / (values.std(0) / math.sqrt(len(x)))
-        assert error.abs().max() < 5
+        assert_mean(values, expected, detects=0.05 * values.std(0))
 
 
 def test_the_distance_is_scipys():
@@ -84,15 +84,16 @@ def test_the_distance_is_scipys():
     assert posterior.distance(x, y, slices) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.monte_carlo
 def test_the_floor_of_normal_samples():
-    """F_n - G_n is N(0, 2 F (1 - F) / n), whose absolute value is integrated over the line; four standard errors of 100 pairs."""
+    """F_n - G_n is N(0, 2 F (1 - F) / n), whose absolute value is integrated over the line."""
     n, repeats = 1000, 100
     grid = torch.linspace(-8, 8, 4001).double()
     cdf = torch.special.ndtr(grid)
     expected = float(torch.trapezoid((4 * cdf * (1 - cdf) / (math.pi * n)).sqrt(), grid))
     one = torch.ones(1, 1).double()
     found = torch.tensor([posterior.distance(torch.randn(n, 1), torch.randn(n, 1), one) for _ in range(repeats)])
-    assert abs(float(found.mean()) - expected) < 4 * float(found.std()) / math.sqrt(repeats)
+    assert_mean(found, expected, detects=0.6 * expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20, 250, 1000])

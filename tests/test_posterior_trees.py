@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from monte_carlo import assert_mean, assert_moments
 from oracles import GaussianDenoiser
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
@@ -124,6 +125,7 @@ def test_arviz_sees_that_copies_are_copies():
     assert float(az.rhat(tree["posterior"].to_dataset()).x_0[0]) < 1.1
 
 
+@pytest.mark.monte_carlo
 def test_particles_of_a_chain_with_the_program_of_the_observation(tmp_path: Path):
     diffusion, y = model_and_chain(), torch.tensor([[0.4], [0.1], [-0.3]])
 
@@ -134,7 +136,7 @@ def test_particles_of_a_chain_with_the_program_of_the_observation(tmp_path: Path
 
     from pyrodiff.inference.observe import observation
 
-    posterior = smc(diffusion, observation(program), 40, proposal="bootstrap", seed=0, repeats=2)
+    posterior = smc(diffusion, observation(program), 40, proposal="bootstrap", repeats=2)
     tree = to_datatree(posterior, program=program)
     x = torch.from_numpy(tree["posterior"].x_0.values)
     np.testing.assert_array_equal(tree["posterior"].total, x.sum(2))
@@ -146,8 +148,8 @@ def test_particles_of_a_chain_with_the_program_of_the_observation(tmp_path: Path
     np.testing.assert_array_equal(tree["observed_data"].y, y[:, 0])
     again = tree["posterior_predictive"].y
     assert again.dims == ("chain", "draw", "exposures")
-    z = (torch.from_numpy(again.values) - x.sum(2, keepdim=True)) / 0.5  # standard normal, 240 of them
-    assert abs(float(z.mean())) < 4.5 / math.sqrt(240) and abs(float(z.var()) - 1) < 4.5 * math.sqrt(2 / 240)
+    z = (torch.from_numpy(again.values) - x.sum(2, keepdim=True)) / 0.5  # 240 of them
+    assert_moments(z, 0.0, 1.0, detects=1.0)
     az, data = saved(tree, tmp_path / "a.nc")
     table = az.summary(data)
     assert {"x_0[0]", "x_0[1]"} <= set(table.index) and table[["ess_bulk", "r_hat"]].notna().all().all()
@@ -221,6 +223,7 @@ def conjugate(prior: Any, y: Tensor) -> Any:
     return model
 
 
+@pytest.mark.monte_carlo
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_draws_of_a_guide_by_site_and_plate(batch_size: int, tmp_path: Path):
     """Three groups of events of 3: a dim taken for another one is told by names and by what the values are."""
@@ -239,8 +242,8 @@ def test_draws_of_a_guide_by_site_and_plate(batch_size: int, tmp_path: Path):
     np.testing.assert_allclose(tree["log_likelihood"].y[0], log_likelihood, rtol=1e-5)
     assert tree["observed_data"].y.dims == ("groups", "y_feature")
     np.testing.assert_array_equal(tree["observed_data"].y, y)
-    z = (torch.from_numpy(tree["posterior_predictive"].y.values[0]) - x) / NOISE  # 144 standard normal
-    assert abs(float(z.mean())) < 4.5 / 12 and abs(float(z.var()) - 1) < 4.5 * math.sqrt(2 / 144)
+    z = (torch.from_numpy(tree["posterior_predictive"].y.values[0]) - x) / NOISE  # 144 of them
+    assert_moments(z, 0.0, 1.0, detects=1.2)
     # AutoNormal starts at scale 0.1: the weights by hand
     locs = {name: guide.median()[name] for name in ("theta", "x")}
     log_q = dist.Normal(locs["theta"], 0.1).log_prob(theta) + dist.Normal(locs["x"], 0.1).log_prob(x).sum((1, 2))
@@ -260,6 +263,7 @@ def exact_guide(scale: float) -> Any:
     return lambda: pyro.sample("x", dist.Normal(torch.tensor([0.8]), scale * math.sqrt(0.2)).to_event(1))
 
 
+@pytest.mark.monte_carlo
 def test_how_good_a_guide_is_is_told():
     """The exact guide's weights are all p(y); one of less spread by a factor c has weights of tail index 1 - c^2."""
 
@@ -272,13 +276,13 @@ def test_how_good_a_guide_is_is_told():
     np.testing.assert_allclose(exact["sample_stats"].log_weight, log_z, atol=1e-5)
     assert float(exact["diagnostics"].ess) == pytest.approx(100, rel=1e-4)
     assert float(exact["diagnostics"].pareto_k) < 0.5 and exact.attrs["warnings"] == "[]"
-    narrow = to_datatree((model, exact_guide(0.3)), draws=4000, batch_size=4000)
+    narrow = to_datatree((model, exact_guide(0.15)), draws=4000, batch_size=4000)
     w = torch.from_numpy(narrow["sample_stats"].log_weight.values[0])
     assert float(narrow["diagnostics"].pareto_k) == float(pareto_k(w[:, None])[0])
-    assert float(narrow["diagnostics"].pareto_k) > 0.7  # 0.91 in the limit
+    assert float(narrow["diagnostics"].pareto_k) > 0.7  # 0.98 in the limit
     assert "of the guide against the joint" in json.loads(narrow.attrs["warnings"])[0]
     draws = narrow["posterior"].x.values.ravel()  # of the guide, as they came
-    assert abs(draws.std() - 0.3 * math.sqrt(0.2)) < 4.5 * 0.3 * math.sqrt(0.2) / math.sqrt(2 * 4000)
+    assert_moments(draws, 0.8, 0.15**2 * 0.2, detects=0.3)
 
 
 @pytest.mark.parametrize("name", ["x_0", "chain", "draw", "height", "a/b"])
@@ -349,6 +353,7 @@ def test_a_point_mass_has_no_weights(batch_size: int):
         assert "pareto_k" in to_datatree((model, guide), draws=50, batch_size=batch_size)["diagnostics"]
 
 
+@pytest.mark.monte_carlo
 def test_a_pair_of_a_chain():
     """With the whole chain the weights' mean is p(y) under the chain's own law; with one timestep there are none."""
     diffusion, y = model_and_chain(4, (1,)), torch.ones(1)
@@ -373,9 +378,8 @@ def test_a_pair_of_a_chain():
     log_z = float(dist.Normal(mean, (var + 0.25).sqrt()).log_prob(y))
     w = torch.from_numpy(tree["sample_stats"].log_weight.values[0])
     ratio = (w - log_z).exp()
-    assert float(ratio.std()) / math.sqrt(4000) < 0.05
-    assert abs(float(ratio.mean()) - 1) < 4.5 * float(ratio.std()) / math.sqrt(4000)
-    assert float(tree["diagnostics"].log_evidence) == pytest.approx(log_z, abs=0.2)
+    assert_mean(ratio, 1.0, detects=0.6)
+    assert float(tree["diagnostics"].log_evidence) == pytest.approx(log_z + math.log(float(ratio.mean())))
     tree = to_datatree(bound(model, guide, {"x": prior}), args=(y,), draws=5)
     assert tree["posterior"].x.shape == (1, 5, 1)
     assert "sample_stats" not in tree.children and "diagnostics" not in tree.children
@@ -393,6 +397,15 @@ def test_no_chain_is_walked(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(DiffusionPrior, "rsample", lambda self, shape=(): pytest.fail("drawn from the prior"))
     tree = to_datatree(bound(model, exact_guide(1.0), {"x": prior}), draws=3)
     assert tree["posterior_predictive"].y.shape == (1, 3, 1)
+
+
+def test_what_is_computed_without_a_latent_is_the_same_in_every_draw():
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.deterministic("fixed", torch.tensor([1.0, 2.0]))
+
+    tree = to_datatree((model, lambda: pyro.sample("z", dist.Normal(0.0, 1.0))), draws=3, batch_size=3)
+    assert tree["posterior"].fixed.values[0].tolist() == [[1.0, 2.0]] * 3
 
 
 def test_autoguides_of_noise_and_reparameterised_sites():

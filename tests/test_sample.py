@@ -1,8 +1,11 @@
 """Samplers: the law of the program, streams of each example's own, respacing."""
 
+import math
+
 import pyro
 import pytest
 import torch
+from monte_carlo import any_seed, assert_estimate, assert_mean, assert_moments
 from pyro import poutine
 from pyro.infer import Predictive
 
@@ -63,26 +66,29 @@ def test_a_seed_leaves_the_global_stream_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.monte_carlo
 @pytest.mark.parametrize("method", ["ancestral", "ddim"])
 def test_law_of_the_samples(method):
-    """Exact Gaussian denoiser: mean 0.5, sd 0.2 up to the chain's own error; n = 4000, false alarms below 1e-6."""
-    x = sample(exact(), 4000, method, seed=0, last="sample" if method == "ancestral" else "mean").double()
-    n = x.numel()
-    assert abs(x.mean() - 0.5) < 4.9 * 0.2 / n**0.5 + 2e-3
-    assert abs(x.std() / 0.2 - 1) < 4.9 / (2 * n) ** 0.5 + 5e-3
-    wrong = x + 0.02  # the test would see a tenth of a standard deviation
-    assert abs(wrong.mean() - 0.5) > 4.9 * 0.2 / n**0.5 + 2e-3
+    """Exact Gaussian denoiser: mean 0.5, sd 0.2, but for a hundredth, the chain's own error."""
+    x = sample(exact(), 4000, method, last="sample" if method == "ancestral" else "mean").double()
+    assert_moments(x, 0.5, 0.2**2, bias=0.01, detects=0.16)
+    with pytest.raises(AssertionError, match="beyond"):  # a fifth of a standard deviation
+        assert_moments(x + 0.04, 0.5, 0.2**2, bias=0.01, detects=0.16)
 
 
+@pytest.mark.monte_carlo
 def test_last_sample_has_the_programs_law_and_last_mean_has_less_variance():
     diffusion = exact(3)
-    drawn = sample(diffusion, 6000, seed=0, last="sample").double()
-    mean = sample(diffusion, 6000, seed=0).double()
+    seed = any_seed()
+    drawn = sample(diffusion, 6000, seed=seed, last="sample").double()
+    mean = sample(diffusion, 6000, seed=seed).double()
     program = poutine.uncondition(diffusion.model)(torch.zeros(6000, 2)).double()
     predictive = Predictive(diffusion.model, num_samples=6000, parallel=True)()["x_0"].double()
     for other in (program, predictive):
-        assert abs(drawn.mean() - other.mean()) < 4.9 * 0.3 * (2 / 12000) ** 0.5
-        assert abs(drawn.std() / other.std() - 1) < 4.9 / 12000**0.5
+        x, other = drawn.flatten(), other.flatten()  # normal, and independent
+        assert_mean(x - other, 0.0, detects=0.2 * float(x.std()))
+        # in log, each variance of 12,000 has deviation sqrt(2 / 12000)
+        assert_estimate((x.var() / other.var()).log(), math.sqrt(4 / 12000), 0.0, detects=0.2)
     extra = (drawn.var() - mean.var()).item()
     assert extra == pytest.approx((-diffusion.schedule.log_snr(1)).exp().item(), rel=0.5)
 

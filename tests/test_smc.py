@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from monte_carlo import any_seed, assert_estimate, assert_mean, assert_moments, assert_proportion
 from oracles import DDPM, GaussianDenoiser, LinearModel, MixtureDenoiser, linear_betas
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
@@ -25,7 +26,6 @@ from pyrodiff.inference.smc import Source, prepare, smc, walk
 
 F64 = torch.float64
 GAIN, BIAS = 0.15, -0.1  # a denoiser that is not the exact one: nothing cancels by luck
-FALSE_ALARM = 4.5  # standard errors: once in 150,000 for a Gaussian
 
 
 def chain(steps: int, dims: int = 1, variance: str = "fixed_large", **error) -> tuple[GaussianDiffusion, LinearModel]:
@@ -72,6 +72,8 @@ PROPOSALS = {
     "mcgdiff, scaled": lambda o: {"proposal": "mcgdiff", "data_std": 0.7},
 }
 every_proposal = pytest.mark.parametrize("proposal", PROPOSALS)
+# mcgdiff's weights, if it is not told the data's scale, have a tail index of about 1: no standard error means anything
+light_tails = pytest.mark.parametrize("proposal", [name for name in PROPOSALS if name != "mcgdiff"])
 
 
 # ---------------------------------------------------------------------- resampling
@@ -141,54 +143,55 @@ def test_the_mean_weight_of_one_particle_is_the_evidence(steps: int, step: float
     assert math.log(float((found.exp() * weights).sum())) == pytest.approx(log_z, abs=1e-8)
 
 
-def unbiased(posterior, log_z: float, moments: list[tuple]) -> None:
-    """E Z-hat = Z, and E [Z-hat (mean of f - E[f | y])] = 0 for each f and its exact mean: z tests over the repeats."""
+DETECTS = 0.2
+
+
+def unbiased(posterior, log_z: float, moments: list[tuple], bias: float = 0.0, detects: float = DETECTS) -> None:
+    """E Z-hat = Z, and E [Z-hat (mean of f - E[f | y])] = 0 for each f and its exact mean, over the repeats; in shares of Z."""
     weights = (posterior.log_weights - log_z).exp()
     columns = [weights.mean(1) - 1]
     for function, exact in moments:
-        values = function(posterior.particles.flatten(0, 1)).unflatten(0, weights.shape) - exact
+        values = function(posterior.particles.flatten(0, 1).flatten(1)).unflatten(0, weights.shape) - exact
         columns += list((weights[..., None] * values.flatten(2)).mean(1).T)
-    columns = torch.stack(columns)
-    error = columns.std(1) / math.sqrt(columns.shape[1])
-    assert (columns.mean(1).abs() < FALSE_ALARM * error).all(), columns.mean(1) / error
-    assert (error < 0.05).all(), error  # otherwise nothing is tested
+    assert_mean(torch.stack(columns, 1), (-bias, bias), detects=detects)
 
 
+@pytest.mark.monte_carlo
 @pytest.mark.parametrize("resampling", RESAMPLING)
-@every_proposal
+@light_tails
 def test_evidence_mean_and_covariance_under_resampling_at_every_step(proposal: str, resampling: str):
     diffusion, closed = chain(4, dims=2)
     log_z, mean, covariance = conditioned(closed, A, Y, 0.6)
     posterior = smc(
-        diffusion, observed(), 4, resampling=resampling, threshold=1.0, seed=3, repeats=12_000, batch_size=10**6,
+        diffusion, observed(), 4, resampling=resampling, threshold=1.0, repeats=12_000, batch_size=10**6,
         **PROPOSALS[proposal](observed()),
     )  # fmt: skip
     unbiased(
         posterior, log_z, [(lambda x: x, mean), (lambda x: (x - mean)[:, :, None] * (x - mean)[:, None], covariance)]
     )
-    assert posterior.evidence.log_z == pytest.approx(log_z, abs=FALSE_ALARM * posterior.evidence.standard_error)
+    assert_estimate(*posterior.evidence, log_z, detects=DETECTS)
 
 
+@pytest.mark.monte_carlo
 @pytest.mark.parametrize("threshold", [0.0, 0.9])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_evidence_with_adaptive_resampling(threshold: float, variance: str):
     diffusion, closed = chain(5, dims=2, variance=variance)
     log_z, mean, _ = conditioned(closed, A, Y, 0.6)
-    posterior = smc(
-        diffusion, observed(), 8, proposal="twisted", threshold=threshold, seed=0, repeats=8_000, batch_size=10**6
-    )
+    posterior = smc(diffusion, observed(), 8, proposal="twisted", threshold=threshold, repeats=8_000, batch_size=10**6)
     unbiased(posterior, log_z, [(lambda x: x, mean)])
     resampled = posterior.families < posterior.ess[:, -1] * 0.99
     assert resampled.any() == (threshold > 0)
     assert not resampled.all()  # some repeats resample and others do not
 
 
+@pytest.mark.monte_carlo
 def test_evidence_without_noise():
     """mcgdiff: y = A x_0 exactly; the evidence is the density of A x_0 under the chain's law."""
     diffusion, closed = chain(4, dims=2)
     log_z, mean, covariance = conditioned(closed, A, Y, 0.0)
     posterior = smc(
-        diffusion, observed(0.0), 4, proposal="mcgdiff", threshold=1.0, seed=0, repeats=8_000, batch_size=10**6
+        diffusion, observed(0.0), 4, proposal="mcgdiff", data_std=0.7, threshold=1.0, repeats=8_000, batch_size=10**6
     )
     torch.testing.assert_close(posterior.particles @ A[0], Y.expand(8_000, 4), rtol=0, atol=1e-12)
     unbiased(
@@ -198,6 +201,7 @@ def test_evidence_without_noise():
     )
 
 
+@pytest.mark.monte_carlo
 def test_a_likelihood_that_is_not_linear():
     """The evidence by quadrature over the chain's Gaussian law of x_0, whose decoder's last step is part of it."""
     diffusion, closed = chain(4, dims=1)
@@ -207,7 +211,7 @@ def test_a_likelihood_that_is_not_linear():
     log_z = math.log(float((far(x0).exp() * weights).sum()))
     mean = float((far(x0).exp() * weights * x0[:, 0]).sum()) / math.exp(log_z)
     for proposal in ("bootstrap", "twisted"):
-        posterior = smc(diffusion, far, 8, proposal=proposal, threshold=0.9, seed=1, repeats=8_000, batch_size=10**6)
+        posterior = smc(diffusion, far, 8, proposal=proposal, threshold=0.9, repeats=8_000, batch_size=10**6)
         unbiased(posterior, log_z, [(lambda x: x, mean)])
 
 
@@ -230,31 +234,27 @@ def one_dimension(steps: int) -> tuple[GaussianDiffusion, LinearGaussian, Linear
     return diffusion, LinearGaussian(matrix(torch.ones(1, 1, dtype=F64)), torch.ones(1, dtype=F64), 0.5), closed
 
 
+@pytest.mark.monte_carlo
 @pytest.mark.parametrize(
-    ("proposal", "steps", "particles"),
-    [
-        ("bootstrap", 250, 4000),
-        # DPS's own moves, with heavy weights (k-hat 0.5 to 0.7): of 60 seeds one has too few families to tell the two apart,
-        # and errors are 1.5 times those of as many independent draws, 5.2 at the most. Unbiasedness is tested above.
-        ("twisted", 10, 100_000),
-        ("pigdm", 250, 4000),
-        ("mcgdiff, scaled", 250, 4000),
-    ],
+    ("proposal", "steps"), [("bootstrap", 250), ("twisted", 10), ("pigdm", 250), ("mcgdiff, scaled", 250)]
 )
-def test_the_posterior_is_not_that_of_dps(proposal: str, steps: int, particles: int):
+def test_the_posterior_is_not_that_of_dps(proposal: str, steps: int):
+    """By the median of a hundred repeats: the weights of DPS's own moves have heavy tails (k-hat 0.5 to 0.7), a repeat's side has none."""
     diffusion, seen, closed = one_dimension(steps)
-    log_z, mean, covariance = conditioned(closed, torch.ones(1, 1, dtype=F64), seen.y, 0.5)
+    _, mean, covariance = conditioned(closed, torch.ones(1, 1, dtype=F64), seen.y, 0.5)
     assert (float(mean), float(covariance)) == pytest.approx((0.8, 0.2), abs=1e-4)
-    posterior = smc(diffusion, seen, particles, seed=0, batch_size=particles, **PROPOSALS[proposal](seen))
-    found = float(posterior.mean()), float(posterior.mean(lambda x: (x - mean) ** 2))
-    families = float(posterior.families)  # as many independent draws
-    se_mean, se_variance, se_log_z = math.sqrt(0.2 / families), 0.2 * math.sqrt(2 / families), 1 / math.sqrt(families)
-    assert found[0] == pytest.approx(0.8, abs=FALSE_ALARM * se_mean)
-    assert found[1] == pytest.approx(0.2, abs=FALSE_ALARM * se_variance)
-    assert float(posterior.log_evidence) == pytest.approx(log_z, abs=FALSE_ALARM * se_log_z)
-    assert 0.8 + FALSE_ALARM * se_mean < 0.9818
+    particles, repeats = (1000, 100) if proposal == "twisted" else (200, 100)
+    posterior = smc(diffusion, seen, particles, repeats=repeats, batch_size=10**6, **PROPOSALS[proposal](seen))
+    weights, x = posterior.log_weights.softmax(1), posterior.particles[..., 0]
+    means = (weights * x).sum(1)
+    variances = (weights * (x - means[:, None]) ** 2).sum(1)
+    # DPS's own N(0.9818, 0.1255), and half way to it
+    for values, exact, wrong in ((means, 0.8, 0.9818), (variances, 0.2, 0.1255)):
+        near = int(((values - exact).abs() < (values - wrong).abs()).sum())
+        assert_proportion(near, repeats, (0.75, 1.0), detects=0.5)
 
 
+@pytest.mark.monte_carlo
 def test_dps_is_what_it_is_known_to_be():
     """The control: its linear recursion in closed form, N(0.9818, 0.1255), and the samples."""
     diffusion, seen, closed = one_dimension(1000)
@@ -264,9 +264,8 @@ def test_dps_is_what_it_is_known_to_be():
         mu, V = (a - pull * k) * mu + b + pull, (a - pull * k) ** 2 * V + variance
     assert (mu, V) == pytest.approx((0.9818, 0.1255), abs=5e-5)
     n = 8_000
-    samples = guided(diffusion, seen, n, seed=0, batch_size=n)
-    assert float(samples.mean()) == pytest.approx(mu, abs=FALSE_ALARM * math.sqrt(V / n))
-    assert float(samples.particles.var()) == pytest.approx(V, abs=FALSE_ALARM * V * math.sqrt(2 / n))
+    samples = guided(diffusion, seen, n, batch_size=n)
+    assert_moments(samples.particles, mu, V, detects=0.2)
     with pytest.raises(ProgramError, match="heuristic"):
         _ = samples.log_evidence
     assert "log p(y)    none" in str(samples)
@@ -284,11 +283,12 @@ def test_mmps_is_exact_for_gaussian_data():
         torch.testing.assert_close(twist(x_t, x0_hat, log_snr), law.log_prob(Y), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.monte_carlo
 def test_the_modes_of_a_mixture():
     """Two dims, each a mixture of two, coupled by A: four modes of known posterior weight.
 
     T = 100 steps of the exact denoiser: their law of x_0 is not quite the mixture, which is 0.01 in log Z and in the weights
-    (32,000 particles; less at T = 200 and 400), a quarter of the tolerances.
+    (32,000 particles; less at T = 200 and 400).
     """
     w, m, S = [0.3, 0.7], [-0.8, 0.6], [0.01, 0.02]
     diffusion = GaussianDiffusion(
@@ -303,14 +303,11 @@ def test_the_modes_of_a_mixture():
     ])  # fmt: skip
     exact = log_parts.softmax(0)
     seen = LinearGaussian(matrix(a), y, std)
-    posterior = smc(diffusion, seen, 1000, twist=pigdm(seen), repeats=8, seed=0, batch_size=8000)
-    log_z, error = posterior.evidence
-    assert log_z == pytest.approx(float(torch.logsumexp(log_parts, 0)), abs=FALSE_ALARM * error) and error < 0.02
+    posterior = smc(diffusion, seen, 40, twist=pigdm(seen), repeats=200, batch_size=8000)
     # the mode that a point is nearest to; half way to the next are five standard deviations
     corner = partial(nearest, torch.tensor(m))
-    shares = posterior.mean(lambda x: nn.functional.one_hot(corner(x), 4))
-    families = float(posterior.families.sum())
-    assert (shares - exact).abs().max() < FALSE_ALARM * math.sqrt(0.25 / families) < 0.04
+    log_z = float(torch.logsumexp(log_parts, 0))
+    unbiased(posterior, log_z, [(lambda x: nn.functional.one_hot(corner(x), 4), exact)], bias=0.015)
 
 
 def nearest(means: Tensor, x: Tensor) -> Tensor:
@@ -378,6 +375,7 @@ def test_the_likelihood_of_a_linear_observation(name: str):
     torch.testing.assert_close(seen.log_prob(x0, 0.7), law.log_prob(y.flatten()), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.monte_carlo
 @pytest.mark.parametrize("name", OPERATORS)
 def test_mcgdiff_and_a_dense_matrix_agree(name: str):
     """The evidence of an operator by mcgdiff with many particles, against the closed form.
@@ -401,19 +399,13 @@ def test_mcgdiff_and_a_dense_matrix_agree(name: str):
     posterior = smc(
         diffusion,
         LinearGaussian(operator, y, 0.5),
-        500,
+        50,
         proposal="mcgdiff",
         data_std=0.6,
-        repeats=20,
-        seed=0,
-        batch_size=10**4,
+        repeats=400,
+        batch_size=10**5,
     )
-    assert posterior.pareto_k.max() < 0.7
-    found, error = posterior.evidence
-    assert found == pytest.approx(log_z, abs=FALSE_ALARM * error) and error < 0.1
-    posterior_sd = math.sqrt(closed.marginal()[1])  # of x_0 before y: at least that after
-    bound = FALSE_ALARM * posterior_sd / math.sqrt(float(posterior.families.sum()))
-    assert (posterior.mean().flatten() - mean).abs().max() < bound < 0.2
+    unbiased(posterior, log_z, [(lambda x: x, mean)])
 
 
 # ---------------------------------------------------------------------- Pyro programs
@@ -469,6 +461,7 @@ def test_a_program_that_is_no_observation_is_refused():
 # ---------------------------------------------------------------------- particle Gibbs
 
 
+@pytest.mark.monte_carlo
 @pytest.mark.parametrize("proposal", ["bootstrap", "twisted", "mcgdiff"])
 def test_conditional_smc_leaves_the_posterior_invariant(proposal: str):
     """One sweep with two particles from exact draws of x_2, x_1, x_0 given y: their nine moments must not move."""
@@ -486,38 +479,39 @@ def test_conditional_smc_leaves_the_posterior_invariant(proposal: str):
     mean, covariance = offset + gain * (Y - offset[2]), prior - torch.outer(gain, prior[2])
     law = MultivariateNormal(mean, covariance)
     reference = law.sample((repeats,)).T[..., None]  # [T + 1, R, 1]
-    moves, source = prepare(diffusion, seen, 2, proposal, {}, None, 0, repeats, 10**6, {})
+    seed = any_seed()
+    moves, source = prepare(diffusion, seen, 2, proposal, {}, None, seed, repeats, 10**6, {})
     found = walk(diffusion, moves, source, repeats, multinomial, 1.0, 10**6, reference=reference, keep_path=True)
     path = found.path[..., 0].T
     moved = (path != reference[..., 0].T).any(1).double().mean()
     assert 0.2 < moved < 0.9
     z = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), (path - mean).T, upper=False)  # N(0, 1)
-    score = math.sqrt(repeats)
-    assert (z.mean(1) * score).abs().max() < FALSE_ALARM
-    products = (z @ z.T / repeats - torch.eye(3)) * score / (1 + torch.eye(3)).sqrt()
-    assert products.abs().max() < FALSE_ALARM
+    products = z[:, None] * z - torch.eye(3)[..., None]
+    assert_mean(torch.cat([z, products.flatten(0, 1)]).T, 0, detects=0.08)
 
 
+@pytest.mark.monte_carlo
 def test_slice_sampling_leaves_its_density():
     """Uniform over [0, 1] and [1.5, 1.7] in each of two dims, from exact draws, one update each: a gap that steps of 1 may cross."""
-    generator = torch.Generator().manual_seed(0)
     n = 4000
-    start = 1.2 * torch.rand(n, 2, generator=generator, dtype=F64)
+    start = 1.2 * torch.rand(n, 2, dtype=F64)
     start = torch.where(start < 1, start, start + 0.5)
 
     def log_density(x: Tensor) -> float:
         return 0.0 if all(0 < v < 1 or 1.5 < v < 1.7 for v in x.tolist()) else -math.inf
 
-    found = torch.stack([slice_sample(log_density, x, generator) for x in start])
+    found = torch.stack([slice_sample(log_density, x, torch.default_generator) for x in start])
     assert (found != start).all()
     above = (found > 1.25).double()
     within = found - 1.5 * above  # uniform over [0, 1] or [0, 0.2]
     for values, exact in ((above, 1 / 6), (above * within, 0.1 / 6), ((1 - above) * within, 0.5 * 5 / 6)):
-        z = (values.mean(0) - exact) / (values.std(0) / math.sqrt(n))
-        assert z.abs().max() < FALSE_ALARM
+        assert_mean(values, exact, detects=0.1)
     assert ((found > 1.25) != (start > 1.25)).double().mean() > 0.05
+    with pytest.raises(DataError, match="log-density is -inf at the chain's state"):
+        slice_sample(log_density, torch.tensor([1.2, 0.5]), torch.default_generator)
 
 
+@pytest.mark.monte_carlo
 @pytest.mark.slow
 @pytest.mark.parametrize("proposal", ["bootstrap", "twisted"])
 def test_particle_gibbs_finds_the_noise(proposal: str):
@@ -537,17 +531,15 @@ def test_particle_gibbs_finds_the_noise(proposal: str):
     sd = math.sqrt(float((p * (sigma - mean) ** 2).sum()))
     shrink = V / (V + sigma**2)
     x_mean = mu + float((p * shrink).sum()) * (y - mu)
-    found = particle_gibbs(diffusion, program, 1700, particles=24, proposal=proposal, seed=0)
+    found = particle_gibbs(diffusion, program, 1700, particles=24, proposal=proposal)
     kept = found.parameters["sigma"][200:]
     for values, exact, size in (
         (kept, mean, sd),
         (((kept - mean) / sd) ** 2, 1.0, 1.0),
         (found.x0[200:, 4], float(x_mean[4]), 1.0),
     ):
-        batches = values.view(30, 50).mean(1)  # batch means tell the error of dependent draws
-        error = float(batches.std()) / math.sqrt(30)
-        assert error < 0.2 * size
-        assert float(values.mean()) == pytest.approx(exact, abs=FALSE_ALARM * error)
+        # batch means tell the error of dependent draws
+        assert_mean(values.view(30, 50).mean(1), exact, detects=size, misses=1e-3)
     assert found.moved > 0.2 and not found.warnings
 
 
@@ -584,6 +576,7 @@ def louder(factor: float):
     return y, laws, program, lambda parameters: pigdm(seen(parameters, factor), 0.7)
 
 
+@pytest.mark.monte_carlo
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.0, 1.5])
 def test_particle_gibbs_with_a_twist_of_the_parameters(factor: float):
@@ -597,7 +590,7 @@ def test_particle_gibbs_with_a_twist_of_the_parameters(factor: float):
     log_p = log_p + dist.Normal(gain * mu, (gain**2 * V + sigma**2).sqrt()).log_prob(y[:, None, None]).sum(0)
     p = log_p.flatten().softmax(0).view_as(log_p)
     x_mean = float((p * (mu + gain * V / (gain**2 * V + sigma**2) * (y[4] - gain * mu))).sum())
-    found = particle_gibbs(diffusion, program, 1050, particles=8, twist=twist, seed=0)
+    found = particle_gibbs(diffusion, program, 1550, particles=8, twist=twist)
     kept = {name: value[50:] for name, value in found.parameters.items()}
     for values, exact in (
         (kept["gain"], float((p * gain).sum())),
@@ -607,10 +600,8 @@ def test_particle_gibbs_with_a_twist_of_the_parameters(factor: float):
         (kept["gain"] * kept["sigma"], float((p * gain * sigma).sum())),
         (found.x0[50:, 4], x_mean),
     ):
-        batches = values.view(20, 50).mean(1)  # batch means tell the error of dependent draws
-        error = float(batches.std()) / math.sqrt(20)
-        assert error < 0.2 * float(values.std())
-        assert float(values.mean()) == pytest.approx(exact, abs=FALSE_ALARM * error)
+        # batch means tell the error of dependent draws
+        assert_mean(values.view(30, 50).mean(1), exact, detects=float(values.std()), misses=1e-3)
     assert found.moved > 0.3 and not found.warnings
 
 
@@ -812,19 +803,18 @@ def test_what_cannot_have_been_is_an_error():
         smc(diffusion, lambda x0: torch.zeros(len(x0)), 10, proposal="twisted")
 
 
+@pytest.mark.monte_carlo
 def test_zero_weights_are_weights():
     """A likelihood with gaps, by the bootstrap: the evidence is the chance of x_0 > 0.5."""
     diffusion, closed = chain(3)
     mu, V = closed.marginal()
     chance = 0.5 * math.erfc((0.5 - mu) / math.sqrt(2 * V))
     posterior = smc(
-        diffusion, lambda x0: torch.where(x0[:, 0] > 0.5, 0.0, -math.inf), 40, proposal="bootstrap", seed=0, repeats=500
+        diffusion, lambda x0: torch.where(x0[:, 0] > 0.5, 0.0, -math.inf), 40, proposal="bootstrap", repeats=500
     )
     n = 500 * 40
-    assert math.exp(posterior.evidence.log_z) == pytest.approx(
-        chance, abs=FALSE_ALARM * math.sqrt(chance * (1 - chance) / n)
-    )
-    assert (posterior.sample(100, seed=0) > 0.5).all()
+    assert_proportion(round(n * math.exp(posterior.evidence.log_z)), n, chance, detects=0.04)
+    assert (posterior.sample(100) > 0.5).all()
 
 
 def test_singular_and_contradictory_observations():
@@ -871,6 +861,8 @@ def test_mistakes_are_named():
         smc(diffusion, seen, 0)
     with pytest.raises(OptionError, match="data_std"):
         pigdm(seen, 0.0)
+    with pytest.raises(ShapeError, match="a schedule per element has no one variance"):
+        pigdm(seen)(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(2))
     with pytest.raises(OptionError, match="LinearGaussian"):
         smc(diffusion, far, 10, proposal="mcgdiff")
     with pytest.raises(ShapeError, match="operator is of events"):
