@@ -276,7 +276,9 @@ def test_how_good_a_guide_is_is_told():
     np.testing.assert_allclose(exact["sample_stats"].log_weight, log_z, atol=1e-5)
     assert float(exact["diagnostics"].ess) == pytest.approx(100, rel=1e-4)
     assert float(exact["diagnostics"].pareto_k) < 0.5 and exact.attrs["warnings"] == "[]"
-    narrow = to_datatree((model, exact_guide(0.15)), draws=4000, batch_size=4000)
+    # the one of nine with the median k-hat, whose law is wide: its standard deviation is 0.1 or so
+    nine = [to_datatree((model, exact_guide(0.15)), draws=4000, batch_size=4000) for _ in range(9)]
+    narrow = sorted(nine, key=lambda tree: float(tree["diagnostics"].pareto_k))[4]
     w = torch.from_numpy(narrow["sample_stats"].log_weight.values[0])
     assert float(narrow["diagnostics"].pareto_k) == float(pareto_k(w[:, None])[0])
     assert float(narrow["diagnostics"].pareto_k) > 0.7  # 0.98 in the limit
