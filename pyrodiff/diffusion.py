@@ -391,7 +391,7 @@ class Model(Program):
             x_t = pyro.sample(self._site(t - 1), p(x_t, t, **cond))
         law = p.decode(x_t, **cond)
         x_0 = pyro.sample(self._site(0), law, obs=x0)
-        if x0 is not None and x_0 is not x0 and _conditioned(self._site(0)):
+        if x0 is not None and _conditioned(self._site(0)) and not torch.equal(x_0, x0):
             raise ProgramError(
                 f"site {self._site(0)!r} is conditioned on another tensor than x0, and the guide would know x0 alone: pass the data "
                 "to the program"

@@ -66,6 +66,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_a_hurry() -> Iterator[None]:
     """Without pictures, and with one parser for all commands, which would take most of the time of so small a run."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+            patch.delitem(sys.modules, name)
         patch.setitem(sys.modules, "matplotlib", None)
         patch.setattr(cli, "_parser", functools.cache(cli._parser))
         yield
