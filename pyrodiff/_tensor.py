@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ShapeError
+from .errors import OutOfMemoryError, ShapeError
 
-__all__ = ["append_dims", "batch_dims", "check_event", "sum_event", "take_rows"]
+__all__ = ["append_dims", "batch_dims", "check_event", "in_parts", "is_out_of_memory", "sum_event", "take_rows"]
 
 
 def append_dims(value: Tensor, n: int) -> Tensor:
@@ -58,3 +60,45 @@ def take_rows(net: nn.Module, cond: dict[str, Any], rows: slice | Tensor, n: int
                 )
             taken[name] = cond[name][rows]
     return taken
+
+
+def in_parts(function: Callable[[slice], Tensor], n: int, rows: float = math.inf) -> tuple[Tensor, float]:
+    """A function of ``n`` rows, computed so many at a time, and half as many from where memory no longer suffices.
+
+    A function that draws no noise gives the same rows whatever their number, up to rounding.
+
+    Args:
+        function: rows to their values, ``[len(rows), ...]``.
+        n: number of rows.
+        rows: at a time.
+
+    Returns:
+        The values ``[n, ...]``; and how many rows at a time it took, from which a next call may start.
+
+    Raises:
+        OutOfMemoryError: one row is too many.
+    """
+    found: list[Tensor] = []
+    first = 0
+    while first < n or not found:
+        size = int(min(rows, n - first))
+        try:
+            found.append(function(slice(first, first + size)))
+            first += size
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+                raise
+            if size <= 1:
+                line = (str(error).splitlines() or [type(error).__name__])[0]
+                raise OutOfMemoryError(f"out of memory, with one example at a time: {line}") from None
+            # Tried again after this block, which holds the failed call's tensors by its traceback.
+            rows = (size + 1) // 2
+    return (found[0] if len(found) == 1 else torch.cat(found)), rows
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the CPU had no memory left: of several types and wordings, by where the memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

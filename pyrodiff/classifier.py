@@ -24,7 +24,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ._tensor import check_event
+from ._tensor import check_event, in_parts
 from .diffusion import GaussianDiffusion, Program, register
 from .elbo import Estimate
 from .errors import DataError, OptionError, ProgramError
@@ -106,7 +106,11 @@ class NoisyClassifier(nn.Module):
         log_snr = self.schedule.log_snr(torch.as_tensor(t, device=x_t.device).expand(batch)).to(x_t.dtype)
         if self.schedule.event_dim:  # a schedule per element: the network sees its mean
             log_snr = log_snr.flatten(-self.schedule.event_dim).mean(-1)
-        logits = self.net(x_t.reshape(-1, *self.event_shape), log_snr.reshape(-1))
+        x, log_snr = x_t.reshape(-1, *self.event_shape), log_snr.reshape(-1)
+        if torch.is_grad_enabled() or self.net.training:
+            logits = self.net(x, log_snr)
+        else:
+            logits, _ = in_parts(lambda rows: self.net(x[rows], log_snr[rows]), len(x))
         return dist.Categorical(logits=logits.to(x_t.dtype).reshape(*batch, -1))
 
     def log_prob(self, x_t: Tensor, t: int | Tensor, y: Tensor) -> Tensor:

@@ -3,19 +3,23 @@
 Every option of ``train`` is a field of one of the classes below, on the command line (``--net.width 64``) or in a YAML file
 (``--config run.yaml``); what a run ended up with is saved beside its results and starts the same run again.
 
-Exit codes: 0; 2 for a mistake of the user's (one line on stderr says which), 1 for a failure, 130 after Ctrl-C.
+Exit codes: 0; 2 for a mistake of the user's (one line on stderr says which), 1 for a failure, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -246,7 +250,7 @@ def train(
             with checkpoint.lock(folder):
                 checkpoint.write_text(folder / "run.yaml", text)
         parameters = sum(p.numel() for p in diffusion.parameters())
-        print(
+        _say(
             f"{images.description}\n{type(diffusion.net).__name__} with {parameters:,} parameters, T = {diffusion.steps}"
         )
     cond = conditioning(diffusion, images.train, images.train_labels, net.low_res)
@@ -260,8 +264,8 @@ def train(
     if result.interrupted:
         if first:
             again = f"pyrodiff train --config {folder / 'run.yaml'} --out {folder} --resume true"
-            print(f"\nstopped at step {result.steps} of {training.steps}; go on with: {again}")
-        raise KeyboardInterrupt
+            _say(f"\nstopped at step {result.steps} of {training.steps}; go on with: {again}")
+        sys.exit(128 + result.interrupted)
     if first:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -270,13 +274,17 @@ def train(
             rows.insert(0, ("chain", f"{_CHAIN} steps of continuous time"))
         rows.insert(0, ("training", f"{result.steps} steps in {result.seconds:.0f} s, best at {result.best_step}"))
         rows.append(("all in", f"{time.monotonic() - started:.0f} s"))
-        print()
-        for name, text in rows:
-            print(f"{name:16s}  {text}")
-        print()
-        for path in sorted(folder.iterdir()):
-            if not path.name.startswith("."):
-                print(path)
+        lines = [f"{name:16s}  {text}" for name, text in rows]
+        files = [str(path) for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+        _say("\n".join(["", *lines, "", *files]))
+
+
+def _say(text: str) -> None:
+    """Print, now. Where nobody reads any more, as after ``| head -1``, the work goes on all the same."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def elbo(
@@ -781,8 +789,34 @@ def _line(text: str) -> str:
     return text if len(text) <= _MAX_LINE else f"{text[: _MAX_LINE // 2]} ... {text[-_MAX_LINE // 2 :]}"
 
 
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the command at once; :func:`fit` has handlers of its own, and these from a second signal on.
+
+    An exception instead, as Python's own handler raises, may come up in the middle of anything, and be lost in a destructor.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os._exit(128 + number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    # A signal that is ignored, as in a shell's background, stays so.
+    handlers = {n: signal.getsignal(n) for n in numbers}
+    previous = {n: handler for n, handler in handlers.items() if handler is not None and handler != signal.SIG_IGN}
+    try:
+        for n in previous:
+            signal.signal(n, leave)
+        yield
+    finally:
+        for n, handler in previous.items():
+            signal.signal(n, handler)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exits."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller has closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     # What cannot be printed is shown escaped: names of files that are no text, and ± where the locale knows only ASCII.
@@ -790,8 +824,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
-            command, options = _parse(arguments)
-            COMMANDS[command](**{k: v for k, v in vars(options).items() if k not in ("config", "debug")})
+            with _ended_by_signals():
+                command, options = _parse(arguments)
+                COMMANDS[command](**{k: v for k, v in vars(options).items() if k not in ("config", "debug")})
         finally:
             sys.stdout.flush()  # here, where a closed pipe is not yet the interpreter's problem
     except KeyboardInterrupt:

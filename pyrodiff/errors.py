@@ -9,7 +9,9 @@
     ├── CheckpointError  (also RuntimeError)  a file that is not a sound checkpoint of ours
     │   └── SaveError                         a file that cannot be written
     ├── ProgramError     (also RuntimeError)  a Pyro program used in a way that would be silently wrong
-    └── DivergenceError  (also RuntimeError)  training produced non-finite numbers repeatedly
+    ├── DivergenceError  (also RuntimeError)  training produced non-finite numbers repeatedly
+    ├── OutOfMemoryError (also MemoryError)   a single example, or a training step, does not fit into memory
+    └── ProcessError     (also RuntimeError)  another process of the same training run died, or hangs
 
 Everything the library raises on purpose derives from :class:`PyrodiffError`; the message is one line that names the
 offending value and what would be accepted.
@@ -24,6 +26,8 @@ __all__ = [
     "DataError",
     "DivergenceError",
     "OptionError",
+    "OutOfMemoryError",
+    "ProcessError",
     "ProgramError",
     "PyrodiffError",
     "SaveError",
@@ -62,6 +66,14 @@ class ProgramError(PyrodiffError, RuntimeError):
 
 class DivergenceError(PyrodiffError, RuntimeError):
     """Training produced non-finite losses or gradients too many times in a row."""
+
+
+class OutOfMemoryError(PyrodiffError, MemoryError):
+    """A single example, or a training step as it was asked for, does not fit into memory."""
+
+
+class ProcessError(PyrodiffError, RuntimeError):
+    """Another process of the same training run died, or does not answer."""
 
 
 def check_option(name: str, value: str, allowed: Iterable[str], where: str = "") -> None:

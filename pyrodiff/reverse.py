@@ -28,7 +28,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from ._tensor import append_dims, batch_dims
+from ._tensor import append_dims, batch_dims, in_parts
 from .distributions import DiscretizedNormal, Gaussian
 from .errors import DataError, OptionError, ProgramError, ShapeError, check_option
 from .forward import ForwardProcess
@@ -132,6 +132,7 @@ class ReverseKernel(nn.Module):
         self.prediction, self.variance, self.decoder = prediction, variance, decoder
         self.bins, self.clip = bins, clip
         self.data_range = (-1.0, 1.0) if bins is None else bins[1:]
+        self.rows = math.inf  # of a network call without gradients; fewer once memory has not sufficed
         if decoder == "learned":
             self.log_scale = nn.Parameter((-0.5 * schedule.log_snr(schedule.first).detach()).float())
 
@@ -353,7 +354,16 @@ class ReverseKernel(nn.Module):
             return value.expand(batch_shape + rest).reshape((-1, *rest))
 
         flat_cond = {k: flat(v, split[k]) if k in split else v for k, v in cond.items()}
-        output = self.net(flat(x_t, x_t.dim() - event_dim), flat(log_snr.to(x_t.dtype), log_snr.dim()), **flat_cond)
+        x, log_snr = flat(x_t, x_t.dim() - event_dim), flat(log_snr.to(x_t.dtype), log_snr.dim())
+
+        def call(rows: slice) -> Tensor:
+            given = {k: v[rows] if k in split else v for k, v in flat_cond.items()}
+            return self.net(x[rows], log_snr[rows], **given)
+
+        if torch.is_grad_enabled() or self.net.training:  # a step of training is done as asked for, or not at all
+            output = self.net(x, log_snr, **flat_cond)
+        else:
+            output, self.rows = in_parts(call, len(x), self.rows)
         expected = list(event_shape)
         if self.learned_variance and expected:
             expected[0] *= 2

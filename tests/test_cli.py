@@ -353,6 +353,7 @@ def test_a_run_is_neither_overwritten_nor_lost(data: Path, tmp_path: Path, monke
     assert not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.reliability("F22")
 def test_ctrl_c_saves_says_how_to_go_on_and_the_result_is_the_same(data: Path, tmp_path: Path, monkeypatch, capsys):
     loop = sys.modules["pyrodiff.training.fit"]
     original = loop._Run.step
@@ -575,6 +576,7 @@ def command(*argv: object) -> list[str]:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.reliability("F27")
 def test_a_reader_that_leaves_early_is_no_error(data: Path):
     reader, writer = os.pipe()
     process = subprocess.Popen(
@@ -586,6 +588,7 @@ def test_a_reader_that_leaves_early_is_no_error(data: Path):
     assert (process.returncode, err) == (0, "")
 
 
+@pytest.mark.reliability("F22")
 def test_ctrl_c_of_a_process(data: Path, tmp_path: Path):
     folder = tmp_path / "run"
     options = flags(training__steps=100000, training__validate_every=50)

@@ -408,8 +408,9 @@ def options_of(rule: str) -> dict:
     return {**SMALL, "validate_every": 3, "timesteps": rule, "ema_decay": 0.8, "validation": examples(12)}
 
 
+@pytest.mark.reliability("Q15", "F10")
 @pytest.mark.parametrize("rule", loop.TIMESTEPS)
-def test_resuming_continues_bit_for_bit(tmp_path: Path, rule: str):
+def test_resuming_continues_bit_for_bit(tmp_path: Path, rule: str, figure):
     data, options = examples(), options_of(rule)
     whole = make(Dropout)
     expected = fit(whole, data, folder=tmp_path / "whole", **options)
@@ -427,8 +428,10 @@ def test_resuming_continues_bit_for_bit(tmp_path: Path, rule: str):
         same(state_of(tmp_path / "whole"), state_of(folder), f"cut {cut}")
         assert not result.interrupted
         assert (result.steps, result.best_step, result.best) == (expected.steps, expected.best_step, expected.best)
+    figure("Q15", f"cut points in one process, {rule} timesteps", len(CUTS), at_least=6)
 
 
+@pytest.mark.reliability("Q15", "F10")
 def test_resuming_many_times_and_at_the_end(tmp_path: Path):
     data, options = examples(), options_of("importance")
     fit(make(Dropout), data, folder=tmp_path / "whole", **options)
@@ -455,6 +458,7 @@ def script(folder: Path, resume: bool) -> list[str]:
     return [sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), resume=resume)]
 
 
+@pytest.mark.reliability("Q15", "F10")
 def test_resuming_in_a_new_process_continues_bit_for_bit(tmp_path: Path):
     options = options_of("importance")
     fit(make(Dropout), examples(), folder=tmp_path / "whole", **options)
@@ -465,6 +469,7 @@ def test_resuming_in_a_new_process_continues_bit_for_bit(tmp_path: Path):
     same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
 
 
+@pytest.mark.reliability("Q15", "F10")
 def test_a_longer_run_can_follow_at_a_constant_rate(tmp_path: Path):
     data, options = examples(), {**options_of("uniform"), "lr_schedule": "constant", "validation": None}
     options["validate_every"] = 5
@@ -506,6 +511,34 @@ def test_the_weights_of_another_network_are_refused_in_one_line(tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
+CRAFTED = {
+    "other network": lambda t: t["weights"].pop("reverse_kernel.net.input.bias"),
+    "weights": lambda t: t["weights"]["reverse_kernel.net.input.bias"].fill_(math.nan),
+    "moments' shape": lambda t: t["optimizer"]["state"]["0"].update(exp_avg=torch.ones(2, 2)),
+    "moments": lambda t: t["optimizer"]["state"]["0"]["exp_avg"].fill_(math.inf),
+    "more moments": lambda t: t["optimizer"]["state"].update({"99": {"step": torch.ones(())}}),
+    "no moments": lambda t: t["optimizer"]["state"].clear(),
+    "groups": lambda t: t["optimizer"]["param_groups"].clear(),
+    "average": lambda t: t["ema"]["average"].pop(),
+}
+
+
+@pytest.mark.reliability("F8", "F10")
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_sound_file_of_the_wrong_content_is_refused_in_one_line(tmp_path: Path, name: str):
+    fit(make(), examples(), folder=tmp_path, **SMALL)
+    path = tmp_path / "resume.safetensors"
+    tree = checkpoint.read(path, kind="resume")
+    CRAFTED[name](tree)
+    checkpoint.write(path, tree, kind="resume")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=str(path)) as caught:
+        fit(make(), examples(), folder=tmp_path, resume=True, **SMALL)
+    assert "\n" not in str(caught.value)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.reliability("F5")
 def test_missing_and_damaged_resume_files_are_refused(tmp_path: Path):
     with pytest.raises(OptionError, match="folder"):
         fit(make(), examples(), resume=True, **SMALL)
@@ -534,6 +567,7 @@ def test_a_run_is_not_overwritten(tmp_path: Path):
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+@pytest.mark.reliability("F26")
 def test_a_folder_in_use_is_refused(tmp_path: Path):
     with checkpoint.lock(tmp_path), pytest.raises(OptionError, match="in use"):
         fit(make(), examples(), folder=tmp_path, **SMALL)
@@ -543,6 +577,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path):
 # ---------------------------------------------------------------------- bad input
 
 
+@pytest.mark.reliability("F13", "F15", "F20")
 def test_bad_data_is_refused():
     good = examples()
     nan, infinite = good.clone(), good.clone()
@@ -598,6 +633,7 @@ def test_bad_options_are_refused_in_one_line(change: dict):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.reliability("F28", "Q21")
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**63 - 1])
 def test_any_seed_gives_the_same_run_twice(seed: int):
     first, second = make(), make()
@@ -609,10 +645,11 @@ def test_any_seed_gives_the_same_run_twice(seed: int):
 # ---------------------------------------------------------------------- faults
 
 
+@pytest.mark.reliability("Q19", "F14")
 @pytest.mark.parametrize("when", [1, 2, 5])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("bins", [None, (17, -1.0, 1.0)], ids=["continuous", "bins"])
-def test_a_non_finite_step_changes_nothing_and_is_counted(monkeypatch, when: int, value: float, bins):
+def test_a_non_finite_step_changes_nothing_and_is_counted(monkeypatch, when: int, value: float, bins, figure):
     data = (examples().clamp(-1, 1) * 8).round() / 8
     states, runs, init = [], [], loop._Run.__init__
     monkeypatch.setattr(loop._Run, "__init__", lambda self, *a: (runs.append(self), init(self, *a))[1])
@@ -635,12 +672,15 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(monkeypatch, when: int
     assert result.skipped == 1 and result.steps == 10
     if when > 1:
         same(states[when - 2], states[when - 1])
+        moved = sum(not torch.equal(a, states[when - 1]["weights"][k]) for k, a in states[when - 2]["weights"].items())
+        figure("Q19", "tensors that a bad step moved", moved, at_most=0)
     with pytest.raises(AssertionError):
         same(states[when - 1], states[when])
     assert all(v.isfinite().all() for v in diffusion.state_dict().values())
     assert all(math.isfinite(v) for v in result.records[-1].values())
 
 
+@pytest.mark.reliability("Q19", "F14")
 def test_a_loss_that_is_not_finite_is_enough(monkeypatch):
     """Its gradient can be finite all the same."""
     original = loop._Run._loss
@@ -656,6 +696,7 @@ def test_a_loss_that_is_not_finite_is_enough(monkeypatch):
     assert math.isfinite(result.records[-1]["train_loss_nats_per_dim"])
 
 
+@pytest.mark.reliability("Q19", "F14")
 def test_divergence_ends_with_the_last_good_state_on_disk(tmp_path: Path):
     diffusion, calls, good = make(), [], {}
 
@@ -677,6 +718,7 @@ def test_divergence_ends_with_the_last_good_state_on_disk(tmp_path: Path):
     assert result.steps == 100 and result.skipped == 20
 
 
+@pytest.mark.reliability("Q19", "F14")
 def test_nineteen_bad_steps_in_a_row_are_survived_also_across_a_resume(tmp_path: Path):
     def train(stop: int | None, bad: range) -> object:
         diffusion = make()
@@ -699,6 +741,7 @@ def test_nineteen_bad_steps_in_a_row_are_survived_also_across_a_resume(tmp_path:
     assert checkpoint.read(tmp_path / "resume.safetensors", kind="resume")["result"]["steps"] == 22
 
 
+@pytest.mark.reliability("F22")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_handlers_of_signals_are_put_back(number: int):
     def mine(*args):
@@ -719,6 +762,7 @@ def test_the_handlers_of_signals_are_put_back(number: int):
         signal.signal(number, previous)
 
 
+@pytest.mark.reliability("F22")
 def test_a_second_ctrl_c_leaves_the_earlier_state(tmp_path: Path):
     diffusion, options = make(), {**SMALL, "validate_every": 3}
 
@@ -741,6 +785,7 @@ def test_a_second_ctrl_c_leaves_the_earlier_state(tmp_path: Path):
     same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
 
 
+@pytest.mark.reliability("F22")
 def test_ctrl_c_at_any_moment_of_a_process(tmp_path: Path):
     fit(make(Dropout), examples(), folder=tmp_path / "whole", **options_of("importance"))
     slow = SCRIPT.replace("import test_fit as t\n", SLOW)
@@ -851,6 +896,7 @@ def test_validating_does_not_change_training():
     assert records[2][-1]["validation_bits_per_dim"] == records[10][0]["validation_bits_per_dim"]
 
 
+@pytest.mark.reliability("Q22")
 def test_nothing_global_changes():
     torch.manual_seed(3)
     state, store = torch.get_rng_state(), dict(pyro.get_param_store().items())
@@ -890,6 +936,7 @@ def test_rank_zero_alone_is_the_default_and_files_are_the_documented_ones(tmp_pa
     assert names == kept | {".lock", "config.json", "metrics.jsonl", "model.safetensors", "resume.safetensors"}
 
 
+@pytest.mark.reliability("F27")
 def test_a_log_file_gets_a_line_per_validation(capsys):
     fit(make(), examples(), examples(9), **{**SMALL, "progress": True}, validate_every=5)
     out, err = capsys.readouterr()
@@ -912,6 +959,7 @@ def test_bf16_autocast_trains_and_keeps_float32_weights():
     assert pyrodiff.bits_per_dim(pyrodiff.elbo_terms(diffusion, data)).mean < before - 0.1
 
 
+@pytest.mark.reliability("Q15", "F10")
 def test_a_unet_with_dropout_resumes_bit_for_bit(tmp_path: Path):
     def build() -> GaussianDiffusion:
         torch.manual_seed(0)

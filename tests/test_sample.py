@@ -34,22 +34,30 @@ def unet(steps=6):
     return GaussianDiffusion(net, CosineSchedule(steps), (1, 8, 8), prediction="v", bins=(17, -1.0, 1.0))
 
 
+@pytest.mark.reliability("Q21")
 @pytest.mark.parametrize("options", [{"method": "ancestral"}, {"method": "ddim"}, {"method": "ddim", "eta": 0.7}])
 @pytest.mark.parametrize("last", ["mean", "sample"])
-def test_a_sample_does_not_depend_on_the_batch_size(options, last):
+def test_a_sample_does_not_depend_on_the_batch_size(options, last, figure):
     diffusion, y = unet(), torch.arange(7) % 3
     draws = [sample(diffusion, 7, seed=3, last=last, batch_size=b, y=y, **options) for b in (1, 4, 7)]
     for other in draws[1:]:
-        torch.testing.assert_close(other, draws[0], rtol=0, atol=1e-5)
+        figure("Q21", "images by another batch size", (other - draws[0]).abs().max().item(), at_most=1e-5)
     more = sample(diffusion, 9, seed=3, last=last, y=torch.arange(9) % 3, **options)
     torch.testing.assert_close(more[:7], draws[0], rtol=0, atol=1e-5)
     assert (sample(diffusion, 7, seed=4, last=last, y=y, **options) - draws[0]).abs().max() > 1e-2
     assert len({tuple(x.flatten().tolist()) for x in draws[0]}) == 7
 
 
-def test_the_noise_is_bit_equal_for_any_batch():
+@pytest.mark.reliability("Q21")
+def test_the_noise_is_bit_equal_for_any_batch(figure):
     diffusion = exact(5)  # elementwise: no rounding of a network's own
-    assert torch.equal(sample(diffusion, 64, seed=0), sample(diffusion, 64, seed=0, batch_size=5))
+    draws = [sample(diffusion, 64, seed=0, batch_size=b) for b in (64, 1, 5, 7)]
+    figure(
+        "Q21",
+        "samples of other noise by another batch size",
+        sum(not torch.equal(x, draws[0]) for x in draws),
+        at_most=0,
+    )
 
 
 def test_without_seed_torch_decides():

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._tensor import check_event, take_rows
+from .._tensor import check_event, in_parts, take_rows
 from ..diffusion import GaussianDiffusion
 from ..errors import OptionError, ShapeError, check_option
 
@@ -283,7 +283,7 @@ def _transport(
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
     )  # fmt: skip
     with diffusion.evaluating(), bar:
-        found = torch.cat([part(slice(i, i + batch_size)) for i in range(0, len(x), batch_size)])
+        found, _ = in_parts(part, len(x), batch_size)
     return found[:, :dims].reshape(x.shape), found[:, dims:].T, evaluations
 
 

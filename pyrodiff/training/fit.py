@@ -8,6 +8,7 @@ checkpoints. Where it runs (CPU, GPU, several processes under torchrun) is decid
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,11 +33,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import timesteps as draws
-from .._tensor import check_event
+from .._tensor import check_event, is_out_of_memory
+from .._version import __version__
 from ..classifier import NoisyClassifier
 from ..diffusion import GaussianDiffusion
 from ..elbo import BitsPerDim, Estimate, TraceMeanField_ELBO, bits_per_dim, elbo_terms, site_terms
-from ..errors import CheckpointError, DataError, DivergenceError, OptionError, check_option
+from ..errors import (
+    CheckpointError,
+    DataError,
+    DivergenceError,
+    OptionError,
+    OutOfMemoryError,
+    ProcessError,
+    PyrodiffError,
+    check_option,
+)
 from . import checkpoint
 from .ema import EMA
 
@@ -45,6 +57,8 @@ TIMESTEPS = ("low_discrepancy", "uniform", "importance")
 ELBOS = {"analytic": TraceMeanField_ELBO, "monte_carlo": pyro.infer.Trace_ELBO}
 CHECKED_STEPS = 3  # steps with Pyro's validation and the strict ELBO's checks on; the programs do not change after
 MAX_SKIPPED = 20  # non-finite steps in a row before giving up
+PATIENCE = timedelta(minutes=30)  # with a process that does not answer
+DIGESTED = 64  # rows by which processes compare their data
 
 
 @dataclass
@@ -58,7 +72,7 @@ class Fit:
         skipped: steps left out because the loss or its gradient was not finite.
         seconds: wall time of this run.
         records: one dictionary per validation: step, mean training loss since the last one, bits per dim, ...
-        interrupted: whether Ctrl-C (or SIGTERM) ended it early; the state is saved.
+        interrupted: the signal that ended it early, 2 (Ctrl-C) or 15 (SIGTERM), with the state saved; 0 for none.
     """
 
     steps: int = 0
@@ -67,7 +81,7 @@ class Fit:
     skipped: int = 0
     seconds: float = 0.0
     records: list[dict[str, Any]] = field(default_factory=list)
-    interrupted: bool = False
+    interrupted: int = 0
 
 
 def fit(
@@ -103,10 +117,14 @@ def fit(
     ``device``. The random state of torch outside is left as it was. Under torchrun each process takes its share of every
     batch (Lightning Fabric averages the gradients), has noise of its own, and only rank 0 writes.
 
+    Ctrl-C or SIGTERM, once: the step is finished with all its accumulated parts, the state saved, and ``Fit.interrupted`` set;
+    twice: at once, and the state saved last stays. A step whose loss or gradient is not finite changes nothing, on any process.
+    Neither precision scales the loss, so that there is no scale to lose.
+
     Args:
         diffusion: what to train; its ``objective`` is what is minimised. A :class:`~pyrodiff.NoisyClassifier` needs the labels
             ``cond={"y": ...}``; its loss is in nats per example.
-        data: ``[N, *event]`` in model units.
+        data: ``[N, *event]`` in model units, in memory or memory-mapped: rows are taken batch by batch, and there are no data workers.
         validation: ``[M, *event]``, for choosing the best weights; scored by the ELBO whatever the objective (a classifier by
             its cross-entropy, over all timesteps).
         cond, validation_cond: conditioning values with a row per example, by name (class labels ``y``, ...).
@@ -136,6 +154,8 @@ def fit(
         CheckpointError: the state to resume from is missing, damaged, or another run's.
         SaveError: a file cannot be written (disk full, ...); what was saved before is as it was.
         DivergenceError: 20 steps in a row had a non-finite loss or gradient; the last good state stays saved.
+        OutOfMemoryError: a step does not fit into memory; the batch is never made smaller on the way.
+        ProcessError: another process died, or did not answer for half an hour.
     """
     check_option("kl", kl, ELBOS)
     if diffusion.objective not in ("elbo", "cross_entropy") and any(
@@ -186,6 +206,9 @@ def fit(
     cond = _check_data(diffusion, "data", data, cond)
     validation_cond = {} if validation is None else _check_data(diffusion, "validation", validation, validation_cond)
     engine = _Engine.of(device, unused=diffusion.objective != "elbo")
+    told = {"steps": steps, "validate_every": every, "resume": resume, "folder": str(folder)}
+    rows = {"data": _digest(data)} | {name: _digest(value) for name, value in cond.items()}
+    engine.agree({**options, **told, **rows, "pyrodiff": __version__, "torch": torch.__version__})
     share, rest = divmod(batch_size, engine.world_size * accumulate)
     if len(data) < batch_size:
         raise OptionError(f"batch_size={batch_size} is more than the {len(data)} training examples")
@@ -197,6 +220,7 @@ def fit(
         _check_folder(Path(folder), resume)
     diffusion.to(engine.device)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(engine.watched())
         # Parameters live in the modules, not in Pyro's global store: two fits in one process cannot meet there.
         stack.enter_context(pyro.settings.context(module_local_params=True))
         stack.enter_context(torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []))
@@ -204,6 +228,7 @@ def fit(
         run = _Run(diffusion, options, engine, folder, stack)
         if resume:
             run.restore()
+            engine.agree({"steps already made": run.result.steps})
         result, start = run.result, time.monotonic()
         score = None if validation is None else (validation, validation_cond, validation_timesteps, 4 * share)
         # In a log file (no terminal) a bar would be thousands of lines: there it is a line per validation.
@@ -216,8 +241,8 @@ def fit(
         order = _Order(seed, len(data), batch_size)
         while result.steps < steps and not run.stopped:
             indices = order.batch(result.steps).reshape(accumulate, engine.world_size, share)[:, engine.rank]
-            parts = [(data[i], {k: v[i] for k, v in cond.items()}) for i in indices]
-            run.step(parts, steps, stop)
+            with run.within_memory():
+                run.step([(data[i], {k: v[i] for k, v in cond.items()}) for i in indices], steps, stop)
             bar.set_postfix_str(run.describe(run.running), refresh=False)
             bar.update()
             if result.steps % every == 0 or result.steps == steps:
@@ -229,7 +254,8 @@ def fit(
                     text = run.describe(math.nan if mean is None else mean)
                     print(f"step {result.steps} of {steps}: {text}", file=sys.stderr, flush=True)
         if run.stopped or stop.requested:
-            result.interrupted = True
+            # Where it was another process that was told, it counts as Ctrl-C.
+            result.interrupted = stop.requested or int(signal.SIGINT)
             run.save()
         result.seconds = time.monotonic() - start
         run.finish()
@@ -265,6 +291,12 @@ def _check_data(
     return cond or {}
 
 
+def _digest(x: Tensor) -> str:
+    """Of some rows, evenly spaced."""
+    rows = x[:: -(-len(x) // DIGESTED)].detach().cpu().contiguous()
+    return hashlib.sha256(rows.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
 def _check_folder(folder: Path, resume: bool) -> None:
     """Nothing is made in a folder that holds no run to continue, and nothing in one that does is overwritten."""
     path = folder / "resume.safetensors"
@@ -297,6 +329,7 @@ class _Engine:
     rank: int = 0
     world_size: int = 1
     fabric: Any = None
+    launcher: int = 0  # the process that started this one and its peers, if torchrun did
 
     @classmethod
     def of(cls, device: str | torch.device | None, unused: bool = False) -> _Engine:
@@ -306,19 +339,22 @@ class _Engine:
         if world_size == 1:
             return cls(device)
         try:
-            from lightning.fabric import Fabric
+            from lightning import fabric as lightning
         except ImportError:
             try:
-                from lightning_fabric import Fabric
+                import lightning_fabric as lightning
             except ImportError:
                 raise OptionError(
                     f'WORLD_SIZE={world_size}: several processes need Lightning Fabric: pip install "pyrodiff[distributed]"'
                 ) from None
         nodes = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        strategy = "ddp_find_unused_parameters_true" if unused else "ddp"
-        fabric = Fabric(accelerator=device.type, devices=world_size // nodes, num_nodes=nodes, strategy=strategy)
+        strategy = lightning.strategies.DDPStrategy(timeout=PATIENCE, find_unused_parameters=unused)
+        fabric = lightning.Fabric(
+            accelerator=device.type, devices=world_size // nodes, num_nodes=nodes, strategy=strategy
+        )
         fabric.launch()
-        return cls(fabric.device, fabric.global_rank, world_size, fabric)
+        launcher = os.getppid() if torch.distributed.is_torchelastic_launched() else 0
+        return cls(fabric.device, fabric.global_rank, world_size, fabric, launcher)
 
     def mean(self, *values: Tensor) -> list[float]:
         """Scalars as numbers, averaged over the processes: one transfer."""
@@ -330,6 +366,39 @@ class _Engine:
     def gather(self, value: Tensor) -> Tensor:
         """Rows of all processes."""
         return value if self.fabric is None else self.fabric.all_gather(value).flatten(0, 1)
+
+    def orphaned(self) -> bool:
+        """Whether torchrun is gone, which would have ended its processes; killed, it cannot."""
+        return self.launcher != 0 and os.getppid() != self.launcher
+
+    def agree(self, told: dict[str, Any]) -> None:
+        """Raise :class:`OptionError`, on every process, unless all were told the same; as JSON, which no process executes."""
+        text = torch.tensor(list(json.dumps(told, default=str).encode()), dtype=torch.uint8, device=self.device)
+        length = int(self.gather(torch.tensor([len(text)], device=self.device)).max())
+        rows = self.gather(nn.functional.pad(text, (0, length - len(text)), value=ord(" "))[None])
+        first, *others = (json.loads(bytes(row)) for row in rows.tolist())
+        for rank, other in enumerate(others, start=1):
+            for name in first | other:
+                if first.get(name) != other.get(name):
+                    raise OptionError(
+                        f"process {rank} has {name}={other.get(name)!r}, and process 0 {first.get(name)!r}: all must have the same"
+                    )
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Where another process is lost, an error that says so."""
+        try:
+            yield
+        except RuntimeError as error:
+            words = str(error)
+            ours = self.fabric is None or isinstance(error, PyrodiffError)
+            if ours or not any(word in words.lower() for word in ("gloo", "nccl", "closed by peer")):
+                raise
+            others = ", ".join(str(rank) for rank in range(self.world_size) if rank != self.rank)
+            raise ProcessError(
+                f"process {self.rank} has lost process {others if self.world_size == 2 else f'one of {others}'}, which died or "
+                f"did not answer; go on from the state saved last ({words.splitlines()[0]})"
+            ) from error
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
@@ -388,6 +457,7 @@ class _Run:
         self.skipped_in_a_row = 0
         self.running = math.nan  # the loss of recent steps, for the bar
         self.total, self.counted = 0.0, 0  # the losses since the last validation, for the record
+        self.published = 0  # the step of the weights that the folder's model has
         self.stopped = False
         self.outside = _count_outside_range(diffusion, stack)
         if engine.fabric is not None:
@@ -402,6 +472,9 @@ class _Run:
         _seed(self.engine.device, self.options["seed"], self.engine.rank, self.result.steps)
         self.diffusion.train()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.engine.orphaned() and not stop.requested:
+            stop.requested = int(signal.SIGTERM)
+        buffers = [buffer.clone() for buffer in self.diffusion.buffers()]
         total = torch.zeros((), device=self.engine.device)
         for i, (x0, cond) in enumerate(parts):
             with self._checked(), self._sync(last=i == len(parts) - 1):
@@ -410,10 +483,12 @@ class _Run:
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.diffusion.parameters(), self.options["clip_norm"])
         # The same numbers on every rank, so that all skip, or stop, or none does.
-        loss_value, norm_value, stops = self.engine.mean(total, norm, total.new_tensor(float(stop.requested)))
+        loss_value, norm_value, stops = self.engine.mean(total, norm, total.new_tensor(float(stop.requested > 0)))
         self.stopped = stops > 0
         self.result.steps += 1
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            for buffer, before in zip(self.diffusion.buffers(), buffers, strict=True):
+                buffer.copy_(before)  # running means and the like, which the forward pass has moved
             self._skip(loss_value)
             return
         self.skipped_in_a_row = 0
@@ -456,6 +531,20 @@ class _Run:
             warnings.filterwarnings("ignore", "Encountered (NaN|[+]?inf)", UserWarning)
             yield
 
+    @contextlib.contextmanager
+    def within_memory(self) -> Iterator[None]:
+        """Where a step is too big, an error that says what to do: never another batch than was asked for."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"out of memory in a step of batch_size={self.options['batch_size']} in "
+                f"accumulate={self.options['accumulate']} part(s): raise accumulate, which keeps the batch and its gradient, or "
+                f"lower batch_size ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            ) from error
+
     def _sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         if self.engine.fabric is None:
             return contextlib.nullcontext()
@@ -492,7 +581,7 @@ class _Run:
     # ------------------------------------------------------------------ validation and checkpoints
 
     def validate(self, score: tuple[Tensor, dict[str, Tensor], int, int] | None, seconds: float) -> None:
-        """Score the averaged weights and keep them if they are the best."""
+        """Score the averaged weights and keep them if they are the best; :meth:`save` then writes them."""
         if self.engine.rank:
             return
         mean = self.total / self.counted if self.counted else None
@@ -515,19 +604,14 @@ class _Run:
             # A bound that is not finite is never the best, but for want of another.
             if bound is None or best is None or bound.mean < best.mean or math.isnan(best.mean):
                 self.result.best, self.result.best_step = bound, self.result.steps
-                self.best_weights = {k: v.detach().clone() for k, v in self.diffusion.state_dict().items()}
-                if self.folder is not None:
-                    checkpoint.save(self.folder, self.diffusion)
+                self.best_weights = self._weights()
         if self.outside is not None:
             record["learned_range_outside"] = self.outside()
         record |= {"skipped": self.result.skipped, "seconds": seconds}
         self.result.records.append(record)
-        self._write_records()
 
-    def _write_records(self) -> None:
-        if self.folder is not None:
-            text = "".join(json.dumps(record) + "\n" for record in self.result.records)
-            checkpoint.write_text(self.folder / "metrics.jsonl", text)
+    def _weights(self) -> dict[str, Tensor]:
+        return {k: v.detach().clone() for k, v in self.diffusion.state_dict().items()}
 
     def _last_lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
@@ -559,6 +643,20 @@ class _Run:
             },
         }
         checkpoint.write(self.folder / "resume.safetensors", tree, kind="resume")
+        self._publish(self.folder)
+
+    def _publish(self, folder: Path) -> None:
+        """Show in the folder what the state that was saved holds: the best weights as a model, the records as a log."""
+        if self.best_weights is not None and self.published != self.result.best_step:
+            own = self._weights()
+            self.diffusion.load_state_dict(self.best_weights)
+            try:
+                checkpoint.save(folder, self.diffusion)
+            finally:
+                self.diffusion.load_state_dict(own)
+            self.published = self.result.best_step
+        text = "".join(json.dumps(record) + "\n" for record in self.result.records)
+        checkpoint.write_text(folder / "metrics.jsonl", text)
 
     def restore(self) -> None:
         """The inverse of :meth:`save`."""
@@ -594,13 +692,8 @@ class _Run:
         except checkpoint.MALFORMED as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path} holds no state that can be resumed: {reason}") from None
-        if self.folder is not None:
-            # A run that was killed between two files has left some of a later step.
-            if self.best_weights is not None:
-                self.diffusion.load_state_dict(self.best_weights)
-                checkpoint.save(self.folder, self.diffusion)
-                self.diffusion.load_state_dict(tree["weights"])
-            self._write_records()
+        if self.folder is not None:  # where a run that was killed may have come less far, or further
+            self._publish(self.folder)
 
     def _check(self, name: str, tree: dict[str, Any]) -> None:
         """Refuse what this run could not have saved, before any of it is used."""
@@ -626,6 +719,8 @@ class _Run:
             **{f"optimizer/{i}": values for i, values in moments.items()},
         }
         checkpoint.check_state(name, _flat(saved), _flat(own))
+        if not moments and tree["result"]["steps"] > tree["result"]["skipped"]:
+            raise CheckpointError(f"{name} holds no state of the optimiser, after {tree['result']['steps']} steps")
         result, (running, total, counted) = tree["result"], tree["running"]
         counts = [result["steps"], result["best_step"], result["skipped"], tree["skipped_in_a_row"]]
         counts += [counted, tree["ema"]["updates"]]
@@ -722,7 +817,7 @@ def _seed(device: torch.device, *numbers: int) -> None:
 
 
 class _Stop:
-    requested = False
+    requested = 0  # the signal's number
 
 
 @contextlib.contextmanager
@@ -734,11 +829,13 @@ def _interruptible() -> Iterator[_Stop]:
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
+        stop.requested = number
         for n, handler in previous.items():
             signal.signal(n, handler)
 
-    previous = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    # None stands for a handler that is not Python's, which could not be put back.
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    previous = {n: handler for n, handler in handlers.items() if handler is not None}
     try:
         for n in previous:
             signal.signal(n, ask)
