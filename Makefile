@@ -27,7 +27,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo docs docs-check test test-slow test-modes reliability seeds fuzz lint format typecheck gpu bench clean
+.PHONY: help demo docs docs-check test test-slow test-modes reliability mutants seeds fuzz lint format typecheck gpu bench clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
@@ -80,6 +80,9 @@ seeds: $(PREPARED)  ## the fast Monte Carlo tests 50 times with other seeds, the
 
 fuzz: $(if $(PREPARED),$(VENV)/.installed-fuzz)  ## whatever reads files, by coverage-guided fuzzing: FUZZ_SECONDS for each of ten readers
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz.py $(FUZZ_SECONDS)
+
+mutants: $(PREPARED)  ## random changes of the numeric modules, and whether their tests notice: build/mutants.csv
+	$(ONE_THREAD) $(PY) tests/automatic_mutants.py --workers $(WORKERS)
 
 test-modes: $(PREPARED)  ## the fast tests again with Pyro's validation off, and again under python -O
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m "not slow" --no-validation $(PYTEST_ARGS)
