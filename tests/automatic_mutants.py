@@ -34,11 +34,11 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
     "distributions": {"distributions.py": {"distributions": ""}},
     "forward": {
         "forward.py": {
-            "golden": "q_marginal q_posterior",
+            "golden": "q_marginal q_posterior prior_bits",
             "kernels": "forward_laws_equal_a_loop event_dim_none_takes_all_dims_beyond_those_of_t posterior_at_1_is_refused "
             "scalar_and_lower_rank_timesteps_broadcast prior_follows_a_tensors_dtype",
             "misuse": "transitions_go_forward_in_time",
-            "continuous_time": "both_kls_of_the_standardised_step transitions_between_times",
+            "continuous_time": "the_standardised_step_is_the_one_documented both_kls_of_the_standardised_step transitions_between_times",
             "closed_forms": "transitions_compose_and_bayes_rule a_schedule_per_pixel_that_is_constant a_schedule_per_channel",
         },
     },
@@ -71,15 +71,26 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
     },
     "sample": {
         "sample.py": {
-            "sample": "",
+            "closed_forms": "moments_of_ancestral_samples ddim_with_noise",
             "samplers": "",
-            "reverse_chain": "",
-            "closed_forms": "moments_of_ancestral_samples moments_of_respaced_ancestral_samples ddim_with_noise",
+            "reverse_chain": "the_same_numbers_as_sample log_probs_are_those_of_the_programs_sites "
+            "the_density_of_a_step_is_that_of_its_noise the_backward_pass_is_in_evaluation_mode_too mistakes_are_named "
+            "gradients_of_a_learned_decoder",
+            "sample": "",
         },
     },
     "likelihood": {
-        "likelihood/flow.py": {"flow": ""},
-        "likelihood/dequantise.py": {"flow": ""},
+        "likelihood/flow.py": {
+            "flow": "gaussian_data[eps-options1-1e-06] probes_enumerated probes_are_signs_of_their_own refusals conditioning_is_by_row "
+            "one_step_of_the_chain_is_the_prior_alone order_of_convergence float32_and_what_it_cost "
+            "a_graph_is_kept_only_where_it_is_wanted gradient_in_the_parameters",
+        },
+        "likelihood/dequantise.py": {
+            "flow": "one_sample_is_the_elbo importance_weights_integrate_to_the_probability refusals signed_gap "
+            "probabilities_of_discrete_data_add_up_to_one bounds_by_probes_are_unbiased_for_one_sample",
+            "log_likelihood": "evaluations_are_those_of_the_network a_seed_repeats_itself_and_leaves_the_generator_alone "
+            "conditioning_goes_with_its_example",
+        },
         "likelihood/importance.py": {"importance": "", "log_likelihood": ""},
         "likelihood/information.py": {"information": "", "log_likelihood": ""},
         "likelihood/methods.py": {"log_likelihood": ""},
@@ -164,27 +175,20 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
             yield changed(args=[node.args[1], node.args[0], *node.args[2:]])
 
 
-def mutants(source: str) -> list[tuple[int, str, str, str]]:
-    """All changes of a module: its line, the old text, the new, and the module's."""
-    tree, found = ast.parse(source), []
-
-    def visit(node: ast.AST) -> None:
-        for child in children(node):
-            for new in changes(child):
-                for field, value in ast.iter_fields(node):
-                    if value is child:
-                        setattr(node, field, new)
-                    elif isinstance(value, list) and any(item is child for item in value):
-                        setattr(node, field, [new if item is child else item for item in value])
-                    else:
-                        continue
-                    texts = (ast.unparse(n).split("\n")[0] for n in (child, new))
-                    found.append((child.lineno, *texts, ast.unparse(ast.fix_missing_locations(tree))))
-                    setattr(node, field, value)
-            visit(child)
-
-    visit(tree)
-    return found
+def mutants(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
+    """All changes of a tree: a part and what has taken its place, until the next is asked for."""
+    for child in children(node):
+        for new in changes(child):
+            for field, value in ast.iter_fields(node):
+                if value is child:
+                    setattr(node, field, new)
+                elif isinstance(value, list) and any(item is child for item in value):
+                    setattr(node, field, [new if item is child else item for item in value])
+                else:
+                    continue
+                yield child, new
+                setattr(node, field, value)
+        yield from mutants(child)
 
 
 def node_ids(tests: dict[str, str]) -> list[str]:
@@ -204,15 +208,18 @@ def main() -> None:
     options = parser.parse_args()
     jobs, rows = [], []
     for module in options.modules:
-        every = []
-        for file, tests in MODULES[module].items():
-            jobs.append(Job(node_ids(tests), limit=900.0))
+        trees = {file: ast.parse((PACKAGE / file).read_text(encoding="utf-8")) for file in MODULES[module]}
+        every = [(file, i) for file, tree in trees.items() for i, _ in enumerate(mutants(tree))]
+        drawn = {*random.Random(f"{options.seed} {module}").sample(every, min(options.count, len(every)))}
+        print(f"{module}: {len(drawn)} of {len(every)} mutants", flush=True)
+        for file, tree in trees.items():
+            tests = node_ids(MODULES[module][file])
+            jobs.append(Job(tests, limit=900.0))
             rows.append((module, file, 0, "", ""))
-            every += [(file, *mutant) for mutant in mutants((PACKAGE / file).read_text(encoding="utf-8"))]
-        drawn = random.Random(f"{options.seed} {module}").sample(every, min(options.count, len(every)))
-        print(f"{module}: {len(drawn)} of {len(every)} mutants")
-        jobs += [Job(node_ids(MODULES[module][file]), file, source, limit=300.0) for file, *_, source in drawn]
-        rows += [(module, *mutant[:4]) for mutant in drawn]
+            for i, (old, new) in enumerate(mutants(tree)):
+                if (file, i) in drawn:
+                    jobs.append(Job(tests, file, ast.unparse(ast.fix_missing_locations(tree)), limit=300.0))
+                    rows.append((module, file, old.lineno, *(ast.unparse(node).split("\n")[0] for node in (old, new))))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with open(options.out, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")

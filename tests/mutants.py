@@ -353,7 +353,7 @@ MUTANTS = [
         "reverse.py",
         "log_snr = log_snr.flatten(-self.schedule.event_dim).mean(-1)",
         "log_snr = log_snr.flatten(-self.schedule.event_dim).sum(-1)",
-        "test_closed_forms.py::test_a_schedule_per_pixel_that_is_constant",
+        "test_closed_forms.py::test_the_network_sees_the_mean_of_a_schedule_per_pixel",
     ),
     # ------------------------------------------------------------------ distributions
     Mutant(
@@ -491,7 +491,7 @@ MUTANTS = [
         "diffusion.py",
         "self._schedule.weight(t) if weight is None else weight",
         "1.0 if weight is None else weight",
-        "test_closed_forms.py::test_one_timestep_loss_is_the_sum_of_its_sites",
+        "test_programs.py::test_sites_scales_and_masks_of_one_timestep",
     ),
     Mutant(
         "scale in the model alone",
@@ -849,28 +849,28 @@ MUTANTS = [
         "likelihood/flow.py",
         "slope = (last - first) * alpha / 2 * (x0_hat - alpha * x_t)",
         "slope = (last - first) * alpha * (x0_hat - alpha * x_t)",
-        "test_flow.py::test_gaussian_data",
+        "test_flow.py::test_gaussian_data[eps-options1-1e-06]",
     ),
     Mutant(
         "units of x_1 for those of the data",
         "likelihood/flow.py",
         "log_prob = noise + integral + dims * alpha_1.log()",
         "log_prob = noise + integral",
-        "test_flow.py::test_gaussian_data",
+        "test_flow.py::test_gaussian_data[eps-options1-1e-06]",
     ),
     Mutant(
         "divergence with the wrong sign",
         "likelihood/flow.py",
         "log_prob = noise + integral + dims",
         "log_prob = noise - integral + dims",
-        "test_flow.py::test_gaussian_data",
+        "test_flow.py::test_gaussian_data[eps-options1-1e-06]",
     ),
     Mutant(
         "log 2 pi once for all dims",
         "likelihood/flow.py",
         "- 0.5 * dims * math.log(2 * math.pi)",
         "- 0.5 * math.log(2 * math.pi)",
-        "test_flow.py::test_gaussian_data",
+        "test_flow.py::test_gaussian_data[eps-options1-1e-06]",
     ),
     Mutant(
         "probes of 0 and 1 for signs",
@@ -885,7 +885,7 @@ MUTANTS = [
         "likelihood/flow.py",
         "return (product * v).reshape(len(x), -1).sum(1)",
         "return (product * v).reshape(len(x), -1).mean(1)",
-        "test_flow.py::test_gaussian_data",
+        "test_flow.py::test_gaussian_data[eps-options1-1e-06]",
     ),
     Mutant(
         "weights of Runge and Kutta",

@@ -1323,6 +1323,22 @@ def test_a_schedule_per_channel(event_shape):
         assert excess(exact_terms_any_shape(whole, x0), expected, tolerance) <= 1, decoder
 
 
+def test_the_network_sees_the_mean_of_a_schedule_per_pixel():
+    seen = []
+
+    class Watching(nn.Module):
+        def forward(self, x, log_snr):
+            seen.append(log_snr)
+            return torch.zeros_like(x)
+
+    table = torch.linspace(5.0, -5.0, 6 * 2 * 3, dtype=F64).reshape(6, 2, 3)
+    t = torch.tensor([1, 2, 6])
+    GaussianDiffusion(Watching(), PixelSchedule(table), (2, 3)).reverse_kernel.predict(
+        torch.randn(3, 2, 3, dtype=F64), t
+    )
+    torch.testing.assert_close(seen[0], table[t - 1].mean((1, 2)), rtol=1e-14, atol=1e-14)
+
+
 def test_bits_per_dim_is_the_only_change_of_unit():
     diffusion, oracle = gaussian(linear_betas(1), event_shape=(2,))
     terms = elbo_terms(diffusion, as_tensor(X0))

@@ -164,6 +164,17 @@ def test_both_kls_of_the_standardised_step(name):
     torch.testing.assert_close(-0.5 * snr[inside] * schedule.slope(rows.t)[inside] * -error[inside], -analytic[inside])
 
 
+def test_the_standardised_step_is_the_one_documented():
+    """N(sqrt(-dSNR/dt) x_0, 1), and nothing of x_t: what both laws had of it would cancel in their divergence."""
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=F64)
+    x0, x_t = torch.randn(3, 2, dtype=F64), torch.randn(3, 2, dtype=F64)
+    schedule = Bent(math.inf)
+    law = make(schedule).forward_process.posterior(x0, x_t, t)
+    slope_of_snr = schedule.log_snr(t).exp() * schedule.slope(t)
+    torch.testing.assert_close(law.mean, (-slope_of_snr).sqrt()[:, None] * x0, rtol=1e-14, atol=0)
+    assert (law.stddev == 1).all()
+
+
 def test_the_step_is_the_limit_of_many_small_ones():
     """(T - 1) times the KL of one of T steps, at the same x_t, comes within O(1 / T) of the infinitesimal one's."""
     diffusion = make(Bent(math.inf))
