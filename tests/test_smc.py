@@ -491,6 +491,15 @@ def test_conditional_smc_leaves_the_posterior_invariant(proposal: str):
 
 
 @pytest.mark.monte_carlo
+def test_slice_sampling_of_a_normal():
+    """Moments after one update each of exact draws: the level of the slice matters, as it does not for a uniform density."""
+    start = torch.randn(4000, 1, dtype=F64)
+    found = torch.stack([slice_sample(lambda x: -0.5 * float(x @ x), x, torch.default_generator) for x in start])[:, 0]
+    moments = torch.stack([found, found**2], dim=-1)
+    assert_mean(moments, torch.tensor([0.0, 1.0]), detects=torch.tensor([0.17, 0.24]))
+
+
+@pytest.mark.monte_carlo
 def test_slice_sampling_leaves_its_density():
     """Uniform over [0, 1] and [1.5, 1.7] in each of two dims, from exact draws, one update each: a gap that steps of 1 may cross."""
     n = 4000
