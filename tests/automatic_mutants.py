@@ -21,7 +21,6 @@ from mutation import PACKAGE, ROOT, Job, Outcome, run
 MODULES: dict[str, dict[str, dict[str, str]]] = {
     "schedules": {
         "schedules.py": {
-            "schedules": "",
             "learned_schedules": "derivatives_of_the_network log_density_is_a_density_and_its_gradient_is_at_fixed_log_snr "
             "a_fresh_schedule_is_nearly_log_linear monotone_with_the_ends_it_says steps_stay_apart_in_bfloat16 "
             "config_holds_the_start_and_the_state_dict_the_rest bad_arguments_are_refused respaced_chains_share_the_ends "
@@ -29,6 +28,7 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
             "continuous_time": "times_of_a_curve respacing_continuous_time drawn_times_have_their_law_and_weights "
             "fixed_schedules_of_betas_have_no_continuous_time the_whole_chain_is_refused_until_respaced "
             "times_outside_continuous_time_are_refused",
+            "schedules": "",
         },
     },
     "distributions": {"distributions.py": {"distributions": ""}},
@@ -50,6 +50,7 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
             "misuse": "respacing_to_one_step_has_no_openai_decoder data_off_the_grid_are_refused_by_the_ledger "
             "exchanging_the_network_reaches_every_part_and_the_rest_is_refused",
             "programs": "unknown_options_name_the_value network_of_another_output_shape_is_named",
+            "sample": "respaced_chains",
             "flow": "denoising_between_the_steps",
             "closed_forms": "every_term_with_other_decoders a_schedule_per_pixel_that_is_constant",
             "continuous_time": "what_speaks_of_x_s_is_refused the_ledger_against_the_closed_form",

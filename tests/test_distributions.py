@@ -21,7 +21,7 @@ from monte_carlo import assert_accepted, assert_rejected
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from pyrodiff.distributions import DiscretizedNormal, Gaussian, OnGrid
+from pyrodiff.distributions import DiscretizedNormal, Gaussian, OnGrid, _tanh_cdf, _tanh_icdf
 from pyrodiff.errors import OptionError, ShapeError
 
 F32, F64 = torch.float32, torch.float64
@@ -561,6 +561,16 @@ def test_tanh_rule_is_not_a_bound():
     x = torch.tensor(-1.0)
     assert DiscretizedNormal(*arguments, cdf="tanh").log_prob(x) > -28
     assert DiscretizedNormal(*arguments).log_prob(x) < -17_000
+
+
+def test_the_ends_of_a_grid_are_its_own_ends():
+    ends = OnGrid(0.1, 0.9, 100).points(torch.tensor([0.0, 99.0], dtype=F64))
+    assert ends.tolist() == [0.1, 0.9]  # 0.9 * 99 / 99 is more
+
+
+def test_the_tanh_rules_quantiles_are_those_of_its_cdf():
+    u = torch.linspace(1e-6, 1 - 1e-6, 1001, dtype=F64)
+    torch.testing.assert_close(_tanh_cdf(_tanh_icdf(u)), u, rtol=1e-12, atol=1e-15)
 
 
 # ---------------------------------------------------------------------- Gaussian

@@ -89,6 +89,8 @@ def test_event_dim_none_takes_all_dims_beyond_those_of_t():
     assert p(x, torch.tensor([1, 2, 3])).event_shape == (2, 2)
     fixed = kernel(event_dim=2)
     torch.testing.assert_close(p(x, torch.tensor([1, 2, 3])).mean, fixed(x, torch.tensor([1, 2, 3])).mean)
+    log_snr = torch.tensor([3.0, 1.0, -2.0])
+    torch.testing.assert_close(p.denoise_at(x, log_snr), fixed.denoise_at(x, log_snr))
 
 
 def test_scalar_and_lower_rank_timesteps_broadcast():
@@ -188,6 +190,10 @@ def test_steps_1_has_a_decoder_only():
     torch.testing.assert_close(p(x, 1).mean, p.decode(x).mean)
     with pytest.raises(ProgramError, match="decode"):
         p.both(x, 1)
+    two = ReverseKernel(Wavy(False), pyrodiff.LogLinearSchedule(2, -1.0, 5.0), event_dim=1)
+    law_of_x_1, law_of_x_0 = two.both(x, torch.tensor([1, 2, 2]))
+    torch.testing.assert_close(law_of_x_1.mean[1:], two(x[1:], 2).mean)
+    torch.testing.assert_close(law_of_x_0.mean[:1], two.decode(x[:1]).mean)
     with pytest.raises(OptionError, match="t = 2"):
         ReverseKernel(Wavy(False), pyrodiff.LogLinearSchedule(1, -1.0, 5.0), decoder="openai")
 

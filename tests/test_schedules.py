@@ -283,7 +283,7 @@ def test_the_shortest_linear_schedule():
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, 1.5, math.nan, math.inf], ids=repr)
 def test_betas_outside_0_1_raise_and_name_the_step(beta):
-    with pytest.raises(OptionError, match="step 2 of 3"):
+    with pytest.raises(OptionError, match=f"beta is {beta:.6g} at step 2 of 3"):
         TableSchedule([0.1, beta, 0.2])
 
 
@@ -291,6 +291,11 @@ def test_betas_outside_0_1_raise_and_name_the_step(beta):
 def test_alpha_bar_that_rounds_to_0_or_1_raises(betas):
     with pytest.raises(OptionError, match="alpha-bar"):
         TableSchedule(betas)
+
+
+def test_betas_too_small_to_change_alpha_bar_raise_and_name_the_first():
+    with pytest.raises(OptionError, match="from step 1 to 2"):
+        TableSchedule([0.5, 1e-20, 0.5, 1e-20])
 
 
 @pytest.mark.parametrize("betas", [[], [[0.1]], 0.1], ids=str)
