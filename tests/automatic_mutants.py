@@ -90,7 +90,7 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
             "flow": "one_sample_is_the_elbo importance_weights_integrate_to_the_probability refusals signed_gap "
             "probabilities_of_discrete_data_add_up_to_one bounds_by_probes_are_unbiased_for_one_sample",
             "log_likelihood": "evaluations_are_those_of_the_network a_seed_repeats_itself_and_leaves_the_generator_alone "
-            "conditioning_goes_with_its_example",
+            "conditioning_goes_with_its_example the_table_is_the_same_whatever_the_method",
         },
         "likelihood/importance.py": {"importance": "", "log_likelihood": ""},
         "likelihood/information.py": {"information": "", "log_likelihood": ""},

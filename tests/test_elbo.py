@@ -66,6 +66,8 @@ def test_subsampled_columns_enumerate_to_the_whole_sum():
     assert terms.t.shape == (2, 6, 8) and terms.weights.unique().tolist() == [1.0]
     assert torch.equal(terms.t.sort(-1).values, torch.arange(2, 10).expand(2, 6, 8))
     assert terms.diffusion.shape == (6, 16)
+    only = elbo_terms(exact(2), data(6), t=1)  # the shortest chain that has a column to draw
+    assert (only.t == 2).all() and (only.weights == 1).all()
 
 
 def test_the_two_standard_errors():

@@ -153,7 +153,8 @@ def test_float32_and_what_it_cost():
     probed = log_density(diffusion, x, solver="dopri5", probes=3)
     assert probed.network_evaluations == sum(rows)
     assert probed.vector_jacobian_products == 3 * probed.network_evaluations
-    assert log_density(diffusion, x, solver="heun", steps=5).network_evaluations == 3 * 5 * 2
+    for options, steps, calls in (({"solver": "heun", "steps": 5}, 5, 2), ({"steps": 1}, 1, 4), ({}, 64, 4)):
+        assert log_density(diffusion, x, probes=1, **options).network_evaluations == 3 * steps * calls
     for name in ("weights", "means", "values", "vectors"):
         setattr(diffusion.net, name, getattr(diffusion.net, name).float())
     single = log_density(diffusion, x.float(), steps=40)

@@ -34,8 +34,9 @@ def test_every_mutant_changes_one_place_and_names_a_test():
 @pytest.mark.parametrize("half", [0, 1])
 def test_every_mutant_is_killed_by_its_test(figure, half: int, tmp_path: Path):
     mutants, found = MUTANTS[half::2], tmp_path / "found.json"
-    # a process of its own: in this one the library is imported already
-    subprocess.run([sys.executable, ROOT / "tests" / "mutants.py", f"{half}::2", found], check=True)
+    # A process of its own, because in this one the library is imported already; without this run's options.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    subprocess.run([sys.executable, ROOT / "tests" / "mutants.py", f"{half}::2", found], check=True, env=own)
     unchanged, *outcomes = (Outcome(*fields) for fields in json.loads(found.read_text()))
     assert unchanged.verdict == "survived", f"without any mutant: {unchanged}"
     assert unchanged.passed >= len({mutant.killer for mutant in mutants})
