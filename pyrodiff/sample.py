@@ -332,7 +332,7 @@ def step_log_probs(diffusion: GaussianDiffusion, path: Tensor, *args: Any, **opt
         OptionError: a method whose steps are deterministic.
         ShapeError: the path has another number of states.
     """
-    n, found = path.shape[1] if path.dim() > 1 else 0, []
+    n, found = path.shape[1] if path.dim() > 1 else 1, []
     if len(args) < 3:  # method, steps, seed
         options["seed"] = 0  # nothing is drawn here: not a seed either, from torch's generator
     first = 0

@@ -77,6 +77,7 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
             "reverse_chain": "the_same_numbers_as_sample log_probs_are_those_of_the_programs_sites "
             "the_density_of_a_step_is_that_of_its_noise the_backward_pass_is_in_evaluation_mode_too mistakes_are_named "
             "gradients_of_a_learned_decoder",
+            "parity": "ddim_inversion",
             "sample": "",
         },
     },

@@ -63,6 +63,21 @@ def test_the_table_is_the_same_whatever_the_method(method):
     assert lines[5:] == [f"warning: {text}" for text in found.warnings]
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("elbo", {}),
+        ("iwae", {"chains": 64, "alpha": 0.0}),
+        ("ode", {"probes": 1}),
+        ("immse", {"points": 16, "pilot": 16}),
+    ],
+)
+def test_defaults_are_the_documented_ones(method, options):
+    diffusion, x0 = make(), data(2)
+    documented = {"repeats": 2, "seed": 0, **options}
+    assert torch.equal(METHODS[method](diffusion, x0).draws, METHODS[method](diffusion, x0, **documented).draws)
+
+
 def test_warnings_stand_below_the_table():
     found = LogLikelihood("m", "something", True, -torch.ones(2, 3, dtype=F64), 4, 1200, 1.5, {}, ("careful", "slowly"))
     assert str(found) == "\n".join(

@@ -203,6 +203,8 @@ def test_mistakes_are_named():
     rsample(checkpointed.eval(), 2).sum().backward()
     with pytest.raises(ShapeError, match="path has shape"):
         step_log_probs(diffusion, path[..., :1])
+    with pytest.raises(ShapeError, match="path has shape"):
+        step_log_probs(diffusion, path.flatten())
     with pytest.raises(ShapeError, match="path has 6 states, and the chain 4"):
         step_log_probs(diffusion, path, steps=3)
 
