@@ -182,6 +182,7 @@ MODULES = sorted(
 )
 # Inner parts of functions that have examples, public because another module takes them.
 WITHIN = {
+    "pyrodiff.errors": {"OutOfMemoryError", "ProcessError"},  # of a machine, not of what it was asked for
     "pyrodiff.inference.predictive": {"joined", "known", "outlook"},  # guide_draws
     "pyrodiff.inference.proposals": {"per_particle"},  # smc
     "pyrodiff.inference.smc": {"Source", "Walk", "prepare", "walk"},  # smc

@@ -31,9 +31,10 @@ def test_shapes_and_signs():
 
 
 def test_one_step_has_no_diffusion_columns():
-    terms = elbo_terms(exact(1), data(5))
-    assert terms.diffusion.shape == (5, 0) and terms.t.shape == (0,)
-    torch.testing.assert_close(terms.elbo, -(terms.prior + terms.reconstruction))
+    for chain in (True, False):
+        terms = elbo_terms(exact(1), data(5), chain=chain)
+        assert terms.diffusion.shape == (5, 0) and terms.t.shape == (0,)
+        torch.testing.assert_close(terms.elbo, -(terms.prior + terms.reconstruction))
 
 
 @pytest.mark.monte_carlo
@@ -105,9 +106,13 @@ def test_batches_change_nothing_but_the_draws():
     whole = bits_per_dim(elbo_terms(diffusion, x0, repeats=40))
     parts = bits_per_dim(elbo_terms(diffusion, x0, repeats=40, batch_size=70))
     assert_estimate(whole.mean, math.hypot(whole.se_noise, parts.se_noise), parts.mean, detects=1.6)
-    for batch_size in (1, 3, 1000):
+    rows = []
+    diffusion.net.register_forward_pre_hook(lambda net, args: rows.append(len(args[0])))
+    for batch_size in (1, 3, 12, 1000):
+        rows.clear()
         terms = elbo_terms(diffusion, x0[:5], chain=False, batch_size=batch_size)
-        assert terms.diffusion.shape == (5, 14) and terms.network_evaluations == 5 * 15
+        assert terms.diffusion.shape == (5, 14) and terms.network_evaluations == sum(rows) == 5 * 15
+        assert max(rows) <= batch_size
 
 
 def test_rows_stay_with_their_images():

@@ -389,6 +389,16 @@ def test_one_sample_is_the_elbo(dequantisation, monkeypatch):
     assert abs(found.item() - expected) < 2e-5
 
 
+def test_a_uniform_number_of_0_has_a_quantile(monkeypatch):
+    class Zeros:
+        def random(self, shape):
+            return np.zeros(shape)
+
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Zeros())
+    u = dequantise._uniforms(0, (1, 2))
+    assert (u > 0).all() and torch.special.ndtri(u).isfinite().all()
+
+
 @pytest.mark.monte_carlo
 def test_the_limit_of_the_chains_bound():
     """For exact scores the ELBO of the chain tends to that of the flow with its decoder; the nodes are Gauss-Hermite's."""

@@ -18,6 +18,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from monte_carlo import assert_estimate
 from pyro import poutine
 from pyro.infer import SVI, Predictive
 from pyro.optim import Adam
@@ -526,11 +527,12 @@ class Marginals(nn.Module):
                 pyro.sample(f"x_{t}", self.q.marginal(x0, t))
 
 
+@pytest.mark.monte_carlo
 @pytest.mark.reliability("Q8")
 def test_independent_marginals_are_a_worse_guide_and_not_a_mistake():
     """A bound, by either ELBO the same one, and a loose one: nothing is wrong with it but its value (see docs/extending.md).
 
-    Both KLs' expectations are equal for any guide that the strict ELBO takes; here they are means over many examples, |z| < 4.89.
+    Both KLs' expectations are equal for any guide that the strict ELBO takes; here they are means over many examples.
     """
     diffusion = exact(50)
     x0 = torch.tensor([0.6]).expand(4_000, 2)
@@ -547,8 +549,8 @@ def test_independent_marginals_are_a_worse_guide_and_not_a_mistake():
         values[kl] = sum(terms.values()).double()
     mean = {kl: v.mean().item() for kl, v in values.items()}
     se = {kl: v.std().item() / len(x0) ** 0.5 for kl, v in values.items()}
-    assert abs(mean["analytic"] - mean["monte_carlo"]) < 4.89 * math.hypot(se["analytic"], se["monte_carlo"])
-    assert mean["analytic"] > mean["best"] + 4.89 * math.hypot(se["analytic"], se["best"])
+    assert_estimate(mean["analytic"], math.hypot(se["analytic"], se["monte_carlo"]), mean["monte_carlo"], detects=10)
+    assert mean["analytic"] > mean["best"] + 100
 
 
 # ---------------------------------------------------------------------- under python -O

@@ -497,7 +497,10 @@ def test_timesteps(batch, T, seed):
     assert torch.equal(other.probabilities, p) and torch.equal(torch.get_rng_state(), state)
 
 
-@covers("_tensor.append_dims", "_tensor.batch_dims", "_tensor.check_event", "_tensor.sum_event", "_tensor.take_rows")
+@covers(
+    "_tensor.append_dims", "_tensor.batch_dims", "_tensor.check_event", "_tensor.in_parts", "_tensor.is_out_of_memory",
+    "_tensor.sum_event", "_tensor.take_rows",
+)  # fmt: skip
 @some(25)
 @given(EVENTS, BATCHES, DTYPES, SEEDS)
 def test_shapes(event, batch, dtype, seed):
@@ -514,6 +517,15 @@ def test_shapes(event, batch, dtype, seed):
     assert _tensor.batch_dims(nn.Identity(), cond) == {"y": 1, "all": 0}
     rows = _tensor.take_rows(nn.Identity(), cond, slice(0, 1), batch)
     assert rows["y"].tolist() == [0] and rows["all"] == 1 and cond["y"].shape == (batch,)
+
+    def square(rows: slice) -> torch.Tensor:
+        if len(x[rows]) > batch / 2 > 0.5:
+            raise torch.OutOfMemoryError("out of memory")
+        return x[rows] ** 2
+
+    found, fitting = _tensor.in_parts(square, batch)
+    assert torch.equal(found, x**2) and (fitting == math.inf or fitting <= (batch + 1) / 2)
+    assert _tensor.is_out_of_memory(MemoryError()) and not _tensor.is_out_of_memory(RuntimeError("shapes"))
 
 
 # ---------------------------------------------------------------------- samplers

@@ -14,7 +14,7 @@ from torch import nn
 import pyrodiff
 from pyrodiff import CosineSchedule, GaussianDiffusion, LogLinearSchedule, sample, trajectory
 from pyrodiff.errors import OptionError, ShapeError
-from pyrodiff.sample import METHODS, invert
+from pyrodiff.sample import METHODS, Guided, invert
 from pyrodiff.schedules import Schedule
 
 MEAN, VAR = 0.3, 0.25
@@ -288,6 +288,11 @@ def test_classifiers_see_the_conditioning_and_leave_no_graph():
     x = sample(diffusion, 3, "ddim", seed=0, batch_size=2, classifier=classifier, y=torch.tensor([0, 1, 1]))
     assert not x.requires_grad and all(p.grad is None for p in diffusion.parameters())
     assert seen[0] == [0, 1] and seen[-1] == [1]
+    x_t = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
+    Guided(diffusion.reverse_kernel, 1.0, lambda x, t: x.flatten(1).sum(1), range(1, 99))(
+        x_t, 2, y=torch.tensor([0, 1])
+    )
+    assert not x_t.requires_grad
 
 
 def test_a_classifier_that_sums_the_batch_is_refused():

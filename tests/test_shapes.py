@@ -154,6 +154,11 @@ def _(batch, event):
     return case(lambda x: pyrodiff._tensor.sum_event(x, len(event)), randn(batch, event))
 
 
+@check("_tensor.in_parts")
+def _(batch, event):
+    return case(lambda x: pyrodiff._tensor.in_parts(lambda rows: x[rows] ** 2, len(x), rows=2)[0], randn(batch, event))
+
+
 @check("_tensor.take_rows")
 def _(batch, event):
     cond = {"a": randn(batch, event), "b": torch.tensor(2.0)}
@@ -626,6 +631,7 @@ NUMBERS = "takes numbers or names, not a batch"
 EXEMPT = {
     "_tensor.batch_dims": "counts dims",
     "_tensor.check_event": "returns nothing",
+    "_tensor.is_out_of_memory": "of an error",
     "diffusion.OBJECTIVES": "GaussianDiffusion's",
     "draws.Draws": CONTAINER,
     "draws.Terms": CONTAINER,
