@@ -536,7 +536,7 @@ def kept_steps(steps: int, spec: str | int | Sequence[float]) -> list[Any]:
         spec = str(spec)
     if not isinstance(spec, str):
         return [int(t) for t in spec]  # type: ignore[union-attr]
-    if match := re.fullmatch(r"ddim(\d+)", spec):
+    if match := re.fullmatch(r"ddim(\d{1,9})", spec):
         count = int(match[1])
         for stride in range(1, steps + 1):
             if len(range(0, steps, stride)) == count:
@@ -544,7 +544,7 @@ def kept_steps(steps: int, spec: str | int | Sequence[float]) -> list[Any]:
         raise OptionError(
             f"no whole stride keeps exactly {count} of {steps} steps; take {str(count)!r} for uneven ones"
         )
-    if not re.fullmatch(r"\d+(,\d+)*", spec):
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", spec):
         raise OptionError(f"respacing {spec!r} is not 'ddimN', 'N', 'N1,N2,...' or a list of steps in 1..{steps}")
     counts = [int(part) for part in spec.split(",")]
     kept, first = [], 1
@@ -565,7 +565,7 @@ def kept_times(spec: str | int | Sequence[float]) -> list[float]:
     """The times in [0, 1] that a respacing notation keeps of continuous time; one alone is the noisiest."""
     if not isinstance(spec, str | int):
         return list(spec)
-    match = re.fullmatch(r"(?:ddim)?(\d+)", str(spec))
+    match = re.fullmatch(r"(?:ddim)?(\d{1,9})", str(spec))
     if match is None or int(match[1]) < 1 or isinstance(spec, bool):
         raise OptionError(f"respacing {spec!r} of continuous time is not N, 'N', 'ddimN' or a list of times in [0, 1]")
     return torch.linspace(1, 0, int(match[1]), dtype=torch.float64).flip(0).tolist()

@@ -673,7 +673,7 @@ main(sys.argv[1:])
     different = [] if len(set(texts)) == 1 else ["stdout"]
     for name in files:
         paths = [tmp_path / str(i) / "run" / name for i in range(3)]
-        if name == "resume.safetensors":
+        if name.startswith("resume"):
             contents = {sha(checkpoint.read(path, kind="resume")) for path in paths}
         elif name == "metrics.jsonl":
             contents = {sha([json.loads(line) for line in path.read_text().splitlines()]) for path in paths}

@@ -177,9 +177,11 @@ def fit(
             raise OptionError(f"{name}={value!r} is not an integer of at least 1")
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise OptionError(f"seed={seed!r} is not an integer in 0..2**63 - 1")
-    if not (0 < lr < math.inf and clip_norm > 0 and warmup >= 0 and 0 <= weight_decay < math.inf):
+    if not 0 < lr <= 1:  # Adam moves every weight by about lr
+        raise OptionError(f"lr={lr!r} is not in (0, 1]")
+    if not (clip_norm > 0 and warmup >= 0 and 0 <= weight_decay < math.inf):
         raise OptionError(
-            f"lr={lr!r}, clip_norm={clip_norm!r} must be positive; warmup={warmup!r}, weight_decay={weight_decay!r} not negative"
+            f"clip_norm={clip_norm!r} must be positive; warmup={warmup!r}, weight_decay={weight_decay!r} not negative"
         )
     if not 0 <= ema_decay < 1:
         raise OptionError(f"ema_decay={ema_decay!r} is not in [0, 1)")
