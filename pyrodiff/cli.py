@@ -155,7 +155,7 @@ class TrainingOptions:
         steps: optimiser steps.
         batch_size: examples per step.
         accumulate: parts a batch is split into, to save memory.
-        lr: peak learning rate.
+        lr: peak learning rate, in (0, 1].
         warmup: steps over which it rises.
         lr_schedule: cosine or constant.
         weight_decay: AdamW's.

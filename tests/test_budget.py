@@ -301,6 +301,7 @@ def test_conditioning_goes_with_its_image():
     assert right.se_noise < 1e-6  # nothing depends on the noise
 
 
+@pytest.mark.slow
 def test_a_pool_too_small_is_refused_with_what_it_reaches():
     with pytest.raises(
         DataError,

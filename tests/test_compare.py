@@ -118,6 +118,7 @@ def test_data_off_the_grid_are_refused(diffusion, x0):
         pyrodiff.compare_estimators(diffusion, x0[:2] + 0.01)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys, x0):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 5, size=(80, 3)))
     train = [

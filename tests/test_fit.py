@@ -784,6 +784,7 @@ def test_a_second_ctrl_c_leaves_the_earlier_state(tmp_path: Path):
     same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
 
 
+@pytest.mark.slow
 @pytest.mark.reliability("F22")
 def test_ctrl_c_at_any_moment_of_a_process(tmp_path: Path):
     fit(make(Dropout), examples(), folder=tmp_path / "whole", **options_of("importance"))

@@ -166,6 +166,7 @@ def test_the_backward_pass_is_in_evaluation_mode_too():
     assert diffusion.net.training
 
 
+@pytest.mark.slow
 @pytest.mark.monte_carlo
 def test_policy_gradients_point_where_the_reward_is():
     """REINFORCE with the steps' log-probabilities: of E[x_0] with respect to a bias, which shifts x_0 by a known amount."""

@@ -268,7 +268,7 @@ OPERATORS = {
     "blur": lambda: blur(EVENT, torch.tensor([0.2, 0.6, 0.2], dtype=F64)),
     "downsample": lambda: downsample(EVENT, 2),
 }
-GAIN = {"mask": 1.0, "blur": 1.0, "downsample": 4.0}  # of a mean of four so much that what DPS leaves out matters
+GAIN = {"mask": 1.0, "blur": 4.0, "downsample": 4.0}  # of means so much that what DPS leaves out matters
 MIXTURE = ([0.4, 0.6], [-0.8, 0.7], [0.04, 0.09])
 
 
@@ -415,7 +415,7 @@ def test_any_order_of_tests(figure):
     """Ten orders of a few hundred tests of the core, each under the fixture that fails a test which changes global state."""
     failures, tests = 0, 0
     for order in range(1, 11):
-        found = pytest_run("-m", "not slow", "-p", f"randomly_seed={order}", *(str(TESTS / name) for name in FAST))
+        found = pytest_run("-m", "not slow", f"--randomly-seed={order}", *(str(TESTS / name) for name in FAST))
         passed = re.search(r"(\d+) passed", found.stdout)
         failures += found.returncode != 0
         tests += int(passed[1]) if passed else 0

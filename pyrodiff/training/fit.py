@@ -131,7 +131,7 @@ def fit(
         steps: optimiser steps in all, those before a resume included.
         batch_size: examples per optimiser step, over all processes and accumulated parts.
         accumulate: parts that a batch is split into, to save memory; the gradient is the whole batch's.
-        lr: peak learning rate of AdamW (betas 0.9 and 0.99).
+        lr: peak learning rate of AdamW (betas 0.9 and 0.99), in (0, 1].
         warmup: steps over which it rises linearly.
         lr_schedule: ``"cosine"`` (falls to 0 at the last step) or ``"constant"``.
         weight_decay: AdamW's, of the network's parameters.
