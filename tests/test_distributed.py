@@ -117,7 +117,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _, err = process.communicate(timeout=150)
     finally:
         process.kill()
-    assert process.returncode == 0, err[-4000:]
+    assert process.returncode == 0, err
     return folder
 
 

@@ -686,13 +686,13 @@ main(sys.argv[1:])
 
 
 class Hungry(nn.Module):
-    """4 MB for each example."""
+    """36 MB for each example: more than the C library would take from memory that was freed before."""
 
     sizes: ClassVar[list[int]] = []
 
     def forward(self, x, log_snr):
         self.sizes.append(len(x))
-        return 0.5 * x + torch.ones(len(x), 10**6)[:, :1] * log_snr[:, None].tanh()
+        return 0.5 * x + torch.ones(len(x), 9 * 10**6)[:, :1] * log_snr[:, None].tanh()
 
 
 def hungry(path: str, megabytes: int) -> None:
@@ -701,7 +701,7 @@ def hungry(path: str, megabytes: int) -> None:
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, resource.RLIM_INFINITY))
-    x = pyrodiff.sample(GaussianDiffusion(Hungry(), CosineSchedule(5), (2,)), 64, seed=0)
+    x = pyrodiff.sample(GaussianDiffusion(Hungry(), CosineSchedule(5), (2,)), 16, seed=0)
     np.savez(path, x=x.numpy(), sizes=Hungry.sizes)
 
 
@@ -709,13 +709,13 @@ def hungry(path: str, megabytes: int) -> None:
 @pytest.mark.reliability("F23")
 def test_the_operating_systems_own_refusal(forks: Forks, tmp_path: Path, figure):
     found = []
-    for megabytes in (2000, 100, 1):
+    for megabytes in (2000, 300, 1):
         path = tmp_path / f"{megabytes}.npz"
         code = forks.run(f"t.alone(lambda: t.hungry({str(path)!r}, {megabytes}))", tmp_path / "log")
         assert code == (megabytes == 1)
         found += [np.load(path)] if code == 0 else []
-    assert set(found[0]["sizes"]) == {64} and max(found[1]["sizes"]) == 64 > min(found[1]["sizes"]) >= 8
-    figure("F23", "samples that differ in 100 MB and 2000", int((found[0]["x"] != found[1]["x"]).sum()), at_most=0)
+    assert set(found[0]["sizes"]) == {16} and max(found[1]["sizes"]) == 16 > min(found[1]["sizes"]) >= 2
+    figure("F23", "samples that differ in 300 MB and 2000", int((found[0]["x"] != found[1]["x"]).sum()), at_most=0)
     text = (tmp_path / "log").read_text()
     assert text.startswith("OutOfMemoryError: out of memory, with one example at a time: ") and text.count("\n") == 1, (
         text
