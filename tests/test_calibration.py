@@ -204,7 +204,7 @@ def test_weighted_particles_are_calibrated_and_guidance_is_not():
     """y = x + noise of six dims, T = 20; the truth is drawn from the chain itself. DPS's law of one dim is N(0.99 y, 0.16), not
     N(0.8 y, 0.2).
     """
-    betas, simulations, dims = linear_betas(20), 150, 6
+    betas, simulations, dims = linear_betas(20), 200, 6
     net = GaussianDenoiser("x0", betas, mean=0.0, var=1.0)
     net.like = nn.Parameter(torch.zeros((), dtype=F64))
     diffusion = GaussianDiffusion(net, TableSchedule(torch.tensor(betas)), (dims,), "x0", variance="fixed_large")
