@@ -319,7 +319,8 @@ def test_the_bias_column_finds_what_is_biased_and_nothing_else():
     assert_estimate(unbiased.bias, unbiased.bias_se, 0.0, detects=2.5)
     biased = table[~table.unbiased & (table.target == "elbo")]
     assert {"chain, forward order", "importance, 5, normalised"} <= set(biased.path)
-    assert (biased.z.abs() > 8).all(), biased[["path", "kl", "bias", "z"]]
+    # 4.89 a false alarm in a million; the least expectation here is about 9, with a deviation of 1, so one miss in 10^4 or 10^5
+    assert (biased.z.abs() > 4.89).all(), biased[["path", "kl", "bias", "z"]]
     assert (table.against[table.target == "elbo"] == "exact").all()
 
 
