@@ -148,6 +148,7 @@ def chain_variance(values, schedule):
         found = (a * shrink + b) ** 2 * found + (1 - alpha2[t - 1]) * c
 
 
+@pytest.mark.slow
 @pytest.mark.monte_carlo
 def test_a_fresh_network_is_the_gaussian_process(glucose):
     """Its chain is Gaussian, and the particles' posterior and evidence those of that Gaussian."""

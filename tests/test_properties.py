@@ -1065,6 +1065,7 @@ def test_estimators_of_values(diffusion, batch, seed):
     torch.testing.assert_close(t.bincount(minlength=6)[1:] / 1000, p, rtol=0, atol=1e-3, check_dtype=False)
 
 
+@pytest.mark.slow
 @covers(
     "laboratory.gradients.compare_gradients", "laboratory.gradients.gradient", "laboratory.gradients.parameter_groups",
     "laboratory.gradients.questions", "laboratory.gradients.Estimator", "laboratory.gradients.Question",
