@@ -63,9 +63,9 @@ class DataSet(NamedTuple):
     y: Tensor  # [*event]
 
 
-def simulate(data: ImageData, digits: int) -> list[DataSet]:
+def simulate(data: ImageData, digits: int, seed: int = 0) -> list[DataSet]:
     """Test digits, in turn with Normal noise and with outliers."""
-    generator, found = torch.Generator().manual_seed(0), []
+    generator, found = torch.Generator().manual_seed(seed), []
     for n in range(digits):
         x, truth = data.test[n], tuple(NOISES)[n % 2]
         share, std = torch.tensor(NOISES[truth]).unbind(1)
