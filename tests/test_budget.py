@@ -173,13 +173,13 @@ def test_the_control_variate_has_mean_0_and_follows_the_error_of_a_linear_denois
 
 @pytest.mark.monte_carlo
 def test_the_whole_is_the_sum_of_all_three_terms():
-    """A chain too short to forget its data: the prior term is more than twenty standard errors."""
+    """A chain too short to forget its data: the prior term is half a bit per dimension, and a quarter of it would be seen."""
     ddpm = DDPM(np.linspace(2e-3, 0.05, 20))
     model, x0 = MixtureModel(ddpm), pool(100, 4)
     found = estimate_elbo(diffusion(ddpm), x0, 0.005, "noise", seed=any_seed())
-    assert model.prior(x0.numpy()).sum(-1).mean() / UNIT > 20 * found.se_noise
+    assert model.prior(x0.numpy()).sum(-1).mean() / UNIT > 0.5
     exact = model.nelbo(x0.numpy()).sum(-1).mean() / UNIT
-    assert_estimate(found.mean, found.se_noise, exact, detects=0.06)
+    assert_estimate(found.mean, found.se_noise, exact, detects=0.15)
 
 
 # ---------------------------------------------------------------------- honest

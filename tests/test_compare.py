@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray
-from monte_carlo import assert_estimate
+from monte_carlo import any_seed, assert_estimate
 
 import pyrodiff
 from pyrodiff import cli
@@ -42,7 +42,6 @@ def comparison(diffusion, x0):
     return pyrodiff.compare_estimators(diffusion, x0[:4], **options)
 
 
-@pytest.mark.monte_carlo
 def test_one_call_answers(comparison, diffusion, x0):
     assert {"chain", "independent", "uniform, 1", "importance, low discrepancy, 4"} <= set(comparison.values.path)
     assert {"analytic", "k1", "k2", "k3", "analytic + c N", "IWAE 2"} <= set(comparison.values.kl)
@@ -52,12 +51,19 @@ def test_one_call_answers(comparison, diffusion, x0):
     assert -float(comparison.terms.elbo.mean()) == pytest.approx(row["mean"], rel=1e-9)
     mc = comparison.values.set_index(["path", "kl"]).loc[("chain", "k1")]
     assert -float(comparison.terms.by("monte_carlo").elbo.mean()) == pytest.approx(mc["mean"], rel=1e-9)
+    text = str(comparison)
+    assert "two groups of 64 chains need repeats=128, not 8" in text and "T 12" in text
+
+
+@pytest.mark.monte_carlo
+def test_its_bound_is_that_of_the_ledger(diffusion, x0):
+    options = {"repeats": 64, "timesteps": (1,), "iwae": (1,), "gradients": None}
+    values = pyrodiff.compare_estimators(diffusion, x0[:4], **options, seed=any_seed()).values
+    row = values.set_index(["path", "kl"]).loc[("chain", "analytic")]
     reference = pyrodiff.elbo_terms(diffusion, x0[:4], repeats=200)
     exact = pyrodiff.bits_per_dim(reference)
     unit = -float(reference.elbo.mean()) / exact.mean
-    assert_estimate(row["mean"], math.hypot(row["se_noise"], unit * exact.se_noise), unit * exact.mean, detects=8.0)
-    text = str(comparison)
-    assert "two groups of 64 chains need repeats=128, not 8" in text and "T 12" in text
+    assert_estimate(row["mean"], math.hypot(row["se_noise"], unit * exact.se_noise), unit * exact.mean, detects=6.0)
 
 
 def test_efficiency_is_what_it_says(comparison):

@@ -116,7 +116,7 @@ def test_classes_in_one_walk_have_the_evidence_of_their_own(example):
     net, schedule = example.Told(ByLabel()), TableSchedule(torch.tensor(betas))
     diffusion = GaussianDiffusion(net, schedule, (3,), prediction="x0", variance="fixed_large")
     case = example.Case("m", any_seed(), 0, torch.zeros(3), torch.tensor([0, 2]), torch.tensor([0.9, 0.4], dtype=F64))
-    found = example.look(diffusion, exact_errors(diffusion), case, [2, 1], 20, 100)
+    found = example.look(diffusion, exact_errors(diffusion), case, [2, 1], 40, 400)
     assert list(found) == [2, 1]
     ddpm = DDPM(betas)
     for label, posterior in found.items():
@@ -125,7 +125,7 @@ def test_classes_in_one_walk_have_the_evidence_of_their_own(example):
         closed = LinearModel(ddpm, ddpm.variances("fixed_large"), ddpm.decoder_variance("vdm"), **options)
         mu, V = closed.marginal()
         exact = float(Normal(mu, math.sqrt(V + example.NOISE**2)).log_prob(case.y).sum())
-        assert_estimate(*posterior.evidence, exact, df=99, detects=0.7)
+        assert_estimate(*posterior.evidence, exact, df=399, detects=0.7)
 
 
 @pytest.mark.monte_carlo

@@ -26,11 +26,12 @@ EVENT = (3,)
 
 
 def make(steps=4, net=None, **options):
-    torch.manual_seed(0)
     outputs = 6 if options.get("variance", "").startswith("learned") else 3
-    net = net or pyrodiff.nets.MLP(3, out_features=outputs, width=16, depth=1)
-    for parameter in net.parameters():  # a fresh network returns 0: nothing would depend on x
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = net or pyrodiff.nets.MLP(3, out_features=outputs, width=16, depth=1)
+        for parameter in net.parameters():  # a fresh network returns 0: nothing would depend on x
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
     options.setdefault("prediction", "v")
     return GaussianDiffusion(net, LogLinearSchedule(steps, -6.0, 4.0), EVENT, **options)
 
