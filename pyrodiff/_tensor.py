@@ -1,17 +1,21 @@
-"""Shape arithmetic shared by the modules above: batch dims on the left, event dims on the right."""
+"""What the modules above share: batch dims on the left and event dims on the right, batches that fit into memory, seeds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .errors import OutOfMemoryError, ShapeError
 
-__all__ = ["append_dims", "batch_dims", "check_event", "in_parts", "is_out_of_memory", "sum_event", "take_rows"]
+__all__ = [
+    "append_dims", "batch_dims", "check_event", "in_parts", "is_out_of_memory", "seed_everything", "seeded", "sum_event", "take_rows",
+]  # fmt: skip
 
 
 def append_dims(value: Tensor, n: int) -> Tensor:
@@ -102,3 +106,20 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def seed_everything(device: torch.device, *numbers: int) -> None:
+    """Seed the CPU's generator and the device's, and no other GPU's, as ``torch.manual_seed`` would."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
+    """The generators that :func:`seed_everything` seeds, seeded for the length of a ``with`` block and put back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        seed_everything(device, *numbers)
+        yield

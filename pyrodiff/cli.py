@@ -52,8 +52,9 @@ from .report import ScoringOptions, bar, classes_of, conditioning, data_range, e
 from .sample import sample as draw
 from .schedules import CosineSchedule, LearnedSchedule, LinearSchedule, LogLinearSchedule, Schedule
 from .training import checkpoint
+from .training._engine import check_device
 from .training.data import ImageData, load_data
-from .training.fit import check_device, fit
+from .training.fit import fit
 
 __all__ = ["main"]
 

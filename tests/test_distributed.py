@@ -145,7 +145,7 @@ def test_the_gradient_is_that_of_one_process_with_the_same_noise(
         )
         monkeypatch.setattr(loop._Order, "batch", lambda self, step, r=rank: indices[:, r].reshape(-1))
         monkeypatch.setattr(
-            loop, "_seed", lambda device, *n, r=rank: seed(device, *((n[0], r, n[2]) if len(n) == 3 else n))
+            loop, "seed_everything", lambda device, *n, r=rank: seed(device, *((n[0], r, n[2]) if len(n) == 3 else n))
         )
         fit(diffusion, examples(n), **{**OPTIONS, "steps": 1, "batch_size": 4, "accumulate": accumulate})
         monkeypatch.undo()
@@ -156,7 +156,7 @@ def test_the_gradient_is_that_of_one_process_with_the_same_noise(
         figure("Q20", "gradient of two processes, relative error", error, at_most=1e-6)
 
 
-seed = loop._seed
+seed = loop.seed_everything
 
 
 @pytest.mark.reliability("Q20")
@@ -179,7 +179,7 @@ def test_ranks_have_noise_and_examples_of_their_own(out: Path):
     draws = []
     with torch.random.fork_rng(devices=[]):
         for rank in (0, 1):
-            loop._seed(torch.device("cpu"), 0, rank, 0)
+            loop.seed_everything(torch.device("cpu"), 0, rank, 0)
             draws.append(torch.randn(100))
     assert abs(torch.corrcoef(torch.stack(draws))[0, 1]) < 0.5
 

@@ -35,6 +35,7 @@ from pyrodiff.sample import invert
 from pyrodiff.training import checkpoint
 
 loop = importlib.import_module("pyrodiff.training.fit")
+engines = importlib.import_module("pyrodiff.training._engine")
 MOMENTS = 50  # at which a signal comes
 
 # How torch, its allocators and libraries, and Python say it.
@@ -753,14 +754,14 @@ class Peers:
 def test_what_processes_were_told_is_compared_by_name():
     told = {"lr": 0.1, "seed": 0, "width": 8}
 
-    def saying(**changes: object) -> loop._Engine:
+    def saying(**changes: object) -> engines.Engine:
         def other(value: torch.Tensor) -> torch.Tensor:
             if value.shape == (1,):  # the length of what comes next
                 return torch.full((1,), 1000)
             text = json.dumps({k: v for k, v in {**told, **changes}.items() if v is not None})
             return torch.tensor([list(text.ljust(value.shape[1]).encode())], dtype=torch.uint8)
 
-        return loop._Engine(torch.device("cpu"), 0, 2, Peers(other))
+        return engines.Engine(torch.device("cpu"), 0, 2, Peers(other))
 
     saying().agree(told)
     for changes, message in (
@@ -776,7 +777,7 @@ def test_what_processes_were_told_is_compared_by_name():
 @pytest.mark.reliability("F24")
 def test_the_words_of_a_lost_process():
     for ranks, others in ((2, "process 1"), (4, "process one of 1, 2, 3")):
-        engine = loop._Engine(torch.device("cpu"), 0, ranks, Peers(lambda value: value))
+        engine = engines.Engine(torch.device("cpu"), 0, ranks, Peers(lambda value: value))
         with pytest.raises(ProcessError, match=f"process 0 has lost {others}, which died") as caught, engine.watched():
             raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2\nmore")
         assert "\n" not in str(caught.value)
@@ -784,13 +785,13 @@ def test_the_words_of_a_lost_process():
             with pytest.raises(type(error)) as caught, engine.watched():
                 raise error
             assert caught.value is error
-    with pytest.raises(RuntimeError, match="gloo"), loop._Engine(torch.device("cpu")).watched():
+    with pytest.raises(RuntimeError, match="gloo"), engines.Engine(torch.device("cpu")).watched():
         raise RuntimeError("gloo")  # of the caller's own doing
 
 
 @pytest.mark.reliability("F30")
 def test_training_without_its_launcher_stops_as_if_terminated(monkeypatch):
-    engine, step = loop._Engine(torch.device("cpu"), launcher=os.getppid()), loop._Run.step
+    engine, step = engines.Engine(torch.device("cpu"), launcher=os.getppid()), loop._Run.step
 
     def orphan(self, *args):
         if self.result.steps == 3:
@@ -798,7 +799,7 @@ def test_training_without_its_launcher_stops_as_if_terminated(monkeypatch):
         return step(self, *args)
 
     monkeypatch.setattr(loop._Run, "step", orphan)
-    monkeypatch.setattr(loop._Engine, "of", lambda *args, **kwargs: engine)
+    monkeypatch.setattr(engines.Engine, "of", lambda *args, **kwargs: engine)
     result = fit(make(), examples(), **SMALL)
     assert (result.steps, result.interrupted) == (4, signal.SIGTERM)
 
@@ -838,7 +839,7 @@ def test_a_process_that_loses_another_ends_and_says_so(forks: Forks, tmp_path: P
     pytest.importorskip("lightning_fabric")
     code = f"""
 import datetime, os, time
-t.loop.PATIENCE = datetime.timedelta(seconds=20)
+t.engines.PATIENCE = datetime.timedelta(seconds=20)
 step = t.loop._Run.step
 def faulty(self, *args):
     if os.environ["RANK"] == "1" and self.result.steps == 4:

@@ -48,13 +48,11 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -65,7 +63,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._tensor import check_event, take_rows
+from .._tensor import check_event, seeded, take_rows
 from ..diffusion import GaussianDiffusion
 from ..elbo import TraceMeanField_ELBO
 from ..errors import OptionError, ProgramError, ShapeError
@@ -495,7 +493,7 @@ def compare_gradients(
         raise OptionError(
             f"repeats={repeats!r} must be at least 2, iwae={iwae!r} at least 1, timesteps={timesteps!r} in 1..{diffusion.steps}"
         )
-    with _seeded(torch.device("cpu"), seed), torch.no_grad():
+    with seeded(torch.device("cpu"), seed), torch.no_grad():
         example = source()
     check_event("x0", example, diffusion.event_shape)
     diffusion.reverse_kernel.check_grid("x0", example)
@@ -537,7 +535,7 @@ def _measure(
     directions: dict[str, Tensor] = {}
 
     def draw(estimator: Estimator, *numbers: int) -> dict[str, Tensor]:
-        with _seeded(device, seed, *numbers):
+        with seeded(device, seed, *numbers):
             return gradient(estimator, source, asked)
 
     if able:
@@ -604,15 +602,3 @@ def _measure(
         return found
 
     return [row(estimator, group) for group in asked for estimator in question.estimators]
-
-
-@contextmanager
-def _seeded(device: torch.device, *numbers: int) -> Iterator[None]:
-    """Generators of the CPU and of ``device`` seeded, and put back."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield

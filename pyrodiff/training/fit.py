@@ -8,20 +8,15 @@ checkpoints. Where it runs (CPU, GPU, several processes under torchrun) is decid
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
-import os
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -33,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import timesteps as draws
-from .._tensor import check_event, is_out_of_memory
+from .._tensor import check_event, is_out_of_memory, seed_everything, seeded
 from .._version import __version__
 from ..classifier import NoisyClassifier
 from ..diffusion import GaussianDiffusion
@@ -44,11 +39,10 @@ from ..errors import (
     DivergenceError,
     OptionError,
     OutOfMemoryError,
-    ProcessError,
-    PyrodiffError,
     check_option,
 )
 from . import checkpoint
+from ._engine import Engine, Stop, digest, interruptible
 from .ema import EMA
 
 __all__ = ["Fit", "fit"]
@@ -57,8 +51,6 @@ TIMESTEPS = ("low_discrepancy", "uniform", "importance")
 ELBOS = {"analytic": TraceMeanField_ELBO, "monte_carlo": pyro.infer.Trace_ELBO}
 CHECKED_STEPS = 3  # steps with Pyro's validation and the strict ELBO's checks on; the programs do not change after
 MAX_SKIPPED = 20  # non-finite steps in a row before giving up
-PATIENCE = timedelta(minutes=30)  # with a process that does not answer
-DIGESTED = 64  # rows by which processes compare their data
 
 
 @dataclass
@@ -207,9 +199,9 @@ def fit(
     }
     cond = _check_data(diffusion, "data", data, cond)
     validation_cond = {} if validation is None else _check_data(diffusion, "validation", validation, validation_cond)
-    engine = _Engine.of(device, unused=diffusion.objective != "elbo")
+    engine = Engine.of(device, unused=diffusion.objective != "elbo")
     told = {"steps": steps, "validate_every": every, "resume": resume, "folder": str(folder)}
-    rows = {"data": _digest(data)} | {name: _digest(value) for name, value in cond.items()}
+    rows = {"data": digest(data)} | {name: digest(value) for name, value in cond.items()}
     engine.agree({**options, **told, **rows, "pyrodiff": __version__, "torch": torch.__version__})
     share, rest = divmod(batch_size, engine.world_size * accumulate)
     if len(data) < batch_size:
@@ -226,7 +218,7 @@ def fit(
         # Parameters live in the modules, not in Pyro's global store: two fits in one process cannot meet there.
         stack.enter_context(pyro.settings.context(module_local_params=True))
         stack.enter_context(torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []))
-        stop = stack.enter_context(_interruptible())
+        stop = stack.enter_context(interruptible())
         run = _Run(diffusion, options, engine, folder, stack)
         if resume:
             run.restore()
@@ -293,12 +285,6 @@ def _check_data(
     return cond or {}
 
 
-def _digest(x: Tensor) -> str:
-    """Of some rows, evenly spaced."""
-    rows = x[:: -(-len(x) // DIGESTED)].detach().cpu().contiguous()
-    return hashlib.sha256(rows.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-
-
 def _check_folder(folder: Path, resume: bool) -> None:
     """Nothing is made in a folder that holds no run to continue, and nothing in one that does is overwritten."""
     path = folder / "resume.safetensors"
@@ -323,99 +309,6 @@ class _Order:
         return self.permutation[i * self.batch_size : (i + 1) * self.batch_size]
 
 
-@dataclass
-class _Engine:
-    """Where the loop runs; Lightning Fabric where there are several processes."""
-
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-    fabric: Any = None
-    launcher: int = 0  # the process that started this one and its peers, if torchrun did
-
-    @classmethod
-    def of(cls, device: str | torch.device | None, unused: bool = False) -> _Engine:
-        """Under torchrun, this process's part of it; ``unused``: some parameters may get no gradient."""
-        device = check_device(device)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size == 1:
-            return cls(device)
-        try:
-            from lightning import fabric as lightning
-        except ImportError:
-            try:
-                import lightning_fabric as lightning
-            except ImportError:
-                raise OptionError(
-                    f'WORLD_SIZE={world_size}: several processes need Lightning Fabric: pip install "pyrodiff[distributed]"'
-                ) from None
-        nodes = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        strategy = lightning.strategies.DDPStrategy(timeout=PATIENCE, find_unused_parameters=unused)
-        fabric = lightning.Fabric(
-            accelerator=device.type, devices=world_size // nodes, num_nodes=nodes, strategy=strategy
-        )
-        fabric.launch()
-        launcher = os.getppid() if torch.distributed.is_torchelastic_launched() else 0
-        return cls(fabric.device, fabric.global_rank, world_size, fabric, launcher)
-
-    def mean(self, *values: Tensor) -> list[float]:
-        """Scalars as numbers, averaged over the processes: one transfer."""
-        stacked = torch.stack([v.detach().float() for v in values])
-        if self.fabric is not None:
-            stacked = self.fabric.all_reduce(stacked, reduce_op="mean")
-        return stacked.tolist()
-
-    def gather(self, value: Tensor) -> Tensor:
-        """Rows of all processes."""
-        return value if self.fabric is None else self.fabric.all_gather(value).flatten(0, 1)
-
-    def orphaned(self) -> bool:
-        """Whether torchrun is gone, which would have ended its processes; killed, it cannot."""
-        return self.launcher != 0 and os.getppid() != self.launcher
-
-    def agree(self, told: dict[str, Any]) -> None:
-        """Raise :class:`OptionError`, on every process, unless all were told the same; as JSON, which no process executes."""
-        text = torch.tensor(list(json.dumps(told, default=str).encode()), dtype=torch.uint8, device=self.device)
-        length = int(self.gather(torch.tensor([len(text)], device=self.device)).max())
-        rows = self.gather(nn.functional.pad(text, (0, length - len(text)), value=ord(" "))[None])
-        first, *others = (json.loads(bytes(row)) for row in rows.tolist())
-        for rank, other in enumerate(others, start=1):
-            for name in first | other:
-                if first.get(name) != other.get(name):
-                    raise OptionError(
-                        f"process {rank} has {name}={other.get(name)!r}, and process 0 {first.get(name)!r}: all must have the same"
-                    )
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Where another process is lost, an error that says so."""
-        try:
-            yield
-        except RuntimeError as error:
-            words = str(error)
-            ours = self.fabric is None or isinstance(error, PyrodiffError)
-            if ours or not any(word in words.lower() for word in ("gloo", "nccl", "closed by peer")):
-                raise
-            others = ", ".join(str(rank) for rank in range(self.world_size) if rank != self.rank)
-            raise ProcessError(
-                f"process {self.rank} has lost process {others if self.world_size == 2 else f'one of {others}'}, which died or "
-                f"did not answer; go on from the state saved last ({words.splitlines()[0]})"
-            ) from error
-
-
-def check_device(device: str | torch.device | None) -> torch.device:
-    """The device named, or CUDA where there is one; :class:`OptionError` if it is not there."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(device)
-        torch.zeros((), device=found).item()
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise OptionError(f"device={str(device)!r} cannot be used: {reason}") from None
-    return found
-
-
 class _Run:
     """The state of a training run: what a step changes, and what a checkpoint holds."""
 
@@ -423,7 +316,7 @@ class _Run:
         self,
         diffusion: GaussianDiffusion | NoisyClassifier,
         options: dict[str, Any],
-        engine: _Engine,
+        engine: Engine,
         folder: str | Path | None,
         stack: contextlib.ExitStack,
     ) -> None:
@@ -468,10 +361,10 @@ class _Run:
 
     # ------------------------------------------------------------------ a step
 
-    def step(self, parts: list[tuple[Tensor, dict[str, Tensor]]], steps: int, stop: _Stop) -> None:
+    def step(self, parts: list[tuple[Tensor, dict[str, Tensor]]], steps: int, stop: Stop) -> None:
         """One optimiser step on a batch given in parts; ``stop`` on one process makes it the last one of all."""
         # Noise is a function of seed, rank and step, so that there is no random state to save or to restore.
-        _seed(self.engine.device, self.options["seed"], self.engine.rank, self.result.steps)
+        seed_everything(self.engine.device, self.options["seed"], self.engine.rank, self.result.steps)
         self.diffusion.train()
         self.optimizer.zero_grad(set_to_none=True)
         if self.engine.orphaned() and not stop.requested:
@@ -598,8 +491,7 @@ class _Run:
                 device = self.engine.device
                 cond = {k: v.to(device) for k, v in cond.items()}
                 # The same noise every time: differences between validations are the weights'.
-                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                    _seed(device, self.options["seed"])
+                with seeded(device, self.options["seed"]):
                     bound, figures = _validation(self.diffusion, x0.to(device), cond, count, batch_size)
                 record |= figures
             best = self.result.best
@@ -807,41 +699,3 @@ def _count_outside_range(diffusion: GaussianDiffusion | NoisyClassifier, stack: 
         return value
 
     return share
-
-
-def _seed(device: torch.device, *numbers: int) -> None:
-    """Seed the CPU's generator and the device's, and no other GPU's, as ``torch.manual_seed`` would."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
-class _Stop:
-    requested = 0  # the signal's number
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[_Stop]:
-    """Ctrl-C and SIGTERM ask for a stop after the current step; a second one acts at once."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.requested = number
-        for n, handler in previous.items():
-            signal.signal(n, handler)
-
-    # None stands for a handler that is not Python's, which could not be put back.
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    previous = {n: handler for n, handler in handlers.items() if handler is not None}
-    try:
-        for n in previous:
-            signal.signal(n, ask)
-        yield stop
-    finally:
-        for n, handler in previous.items():
-            signal.signal(n, handler)
