@@ -109,7 +109,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def seed_everything(device: torch.device, *numbers: int) -> None:
-    """Seed the CPU's generator and the device's, and no other GPU's, as ``torch.manual_seed`` would."""
+    """Seed the CPU's generator and the device's, and no other GPU's, as ``torch.manual_seed`` would.
+
+    By NumPy's SeedSequence, for which zeros at the end of ``numbers`` are as if they were not there.
+    """
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

@@ -28,7 +28,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from . import nets, plots
+from . import _files, nets, plots
 from ._version import __version__
 from .classifier import NoisyClassifier
 from .diffusion import GaussianDiffusion
@@ -248,8 +248,8 @@ def train(
     text = yaml.safe_dump(options, sort_keys=False)
     if first:
         if not resume:  # a resumed run keeps its own until these options have proved to be its continuation
-            with checkpoint.lock(folder):
-                checkpoint.write_text(folder / "run.yaml", text)
+            with _files.lock(folder):
+                _files.write(folder / "run.yaml", text)
         parameters = sum(p.numel() for p in diffusion.parameters())
         _say(
             f"{images.description}\n{type(diffusion.net).__name__} with {parameters:,} parameters, T = {diffusion.steps}"
@@ -261,7 +261,7 @@ def train(
         folder=folder, resume=resume, seed=seed, device=device, progress=progress, **asdict(training),
     )  # fmt: skip
     if first:
-        checkpoint.write_text(folder / "run.yaml", text)
+        _files.write(folder / "run.yaml", text)
     if result.interrupted:
         if first:
             again = f"pyrodiff train --config {folder / 'run.yaml'} --out {folder} --resume true"

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import pyrodiff
+from pyrodiff import _files
 from pyrodiff.errors import CheckpointError, OptionError, SaveError
 from pyrodiff.nets import MLP, UNet
 from pyrodiff.training import checkpoint
@@ -337,9 +338,9 @@ def test_failure_at_every_call(tmp_path, monkeypatch, figure, failure):
     def attempt():
         calls.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "open", faulty_open, raising=False)
+            patch.setattr(_files, "open", faulty_open, raising=False)
             for name in ("fsync", "link", "replace"):
-                patch.setattr(checkpoint.os, name, counted(name))
+                patch.setattr(_files.os, name, counted(name))
             write(path, new, kind="test")
 
     write(path, old, kind="test")
@@ -396,14 +397,14 @@ def test_only_strays_of_the_dead_are_removed(tmp_path):
     stray.touch()
     other.touch()
     with open(stray, "rb+") as file:
-        assert checkpoint._locked(file)
+        assert _files._locked(file)
         write(tmp_path / "x", {}, kind="test")
         assert stray.exists()
     write(tmp_path / "x", {}, kind="test")
     assert not stray.exists() and other.exists()
 
 
-@pytest.mark.skipif(checkpoint.fcntl is None, reason="there are no advisory locks")
+@pytest.mark.skipif(_files.fcntl is None, reason="there are no advisory locks")
 def test_a_write_leaves_another_that_is_under_way(tmp_path, monkeypatch):
     fsync, pending = os.fsync, ["y"]
 
@@ -412,7 +413,7 @@ def test_a_write_leaves_another_that_is_under_way(tmp_path, monkeypatch):
             write(tmp_path / pending.pop(), {"a": 2}, kind="test")
         fsync(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", write_another)
+    monkeypatch.setattr(_files.os, "fsync", write_another)
     write(tmp_path / "x", {"a": 1}, kind="test")
     assert read(tmp_path / "x", kind="test") == {"a": 1}
     assert read(tmp_path / "y", kind="test") == {"a": 2}
@@ -947,7 +948,7 @@ with open(sys.argv[1] + "/.lock", "ab") as file:
 
 
 @pytest.mark.reliability("F26")
-@pytest.mark.skipif(checkpoint.fcntl is None, reason="there are no advisory locks")
+@pytest.mark.skipif(_files.fcntl is None, reason="there are no advisory locks")
 def test_lock(tmp_path):
     folder = tmp_path / "a" / "run"
     for _ in range(2):
@@ -975,7 +976,7 @@ def test_lock(tmp_path):
 
 
 def test_lock_without_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "fcntl", None)
+    monkeypatch.setattr(_files, "fcntl", None)
     (tmp_path / ".pyrodiff-00.tmp").touch()
     with lock(tmp_path), lock(tmp_path):
         write(tmp_path / "x", {}, kind="test")
@@ -987,6 +988,6 @@ def test_lock_without_locks(tmp_path, monkeypatch):
 
 
 def test_nothing_here_can_execute_a_file():
-    source = Path(checkpoint.__file__).read_text(encoding="utf-8")
+    source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (checkpoint, _files))
     for name in ("torch.load", "import pickle", "importlib", "eval(", "exec(", "__import__"):
         assert name not in source

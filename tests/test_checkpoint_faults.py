@@ -30,11 +30,10 @@ import safetensors.torch
 import torch
 from test_checkpoint import FOREIGN, Payload, craft, make_mlp, one_line, same
 
-from pyrodiff import CosineSchedule, GaussianDiffusion, cli, fit
+from pyrodiff import CosineSchedule, GaussianDiffusion, _files, cli, fit
 from pyrodiff.errors import CheckpointError, OptionError, SaveError
 from pyrodiff.interop import convert
 from pyrodiff.nets import MLP
-from pyrodiff.training import checkpoint
 from pyrodiff.training.checkpoint import load, lock, read, save, write
 
 loop = importlib.import_module("pyrodiff.training.fit")
@@ -585,7 +584,7 @@ def test_a_file_system_without_links_keeps_none(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    monkeypatch.setattr(_files.os, "link", refuse)
     for i in range(2):
         write(tmp_path / "x", {"i": i}, kind="test")
     assert os.listdir(tmp_path) == ["x"] and read(tmp_path / "x", kind="test") == {"i": 1}
@@ -631,7 +630,7 @@ def test_a_disk_that_fills_at_any_save_stops_the_run_and_costs_nothing(tmp_path,
 
         with monkeypatch.context() as patch:
             for name in ("fsync", "replace"):
-                patch.setattr(checkpoint.os, name, counted(getattr(os, name)))
+                patch.setattr(_files.os, name, counted(getattr(os, name)))
             if n is None:
                 go_on(place)
             else:
@@ -752,7 +751,7 @@ def test_read_only_folder_as_any_user(tmp_path, figure):
 
 
 @pytest.mark.reliability("F26")
-@pytest.mark.skipif(checkpoint.fcntl is None, reason="there are no advisory locks")
+@pytest.mark.skipif(_files.fcntl is None, reason="there are no advisory locks")
 def test_a_second_run_is_told_who_holds_the_folder(run, tmp_path, capsys, figure):
     np.save(tmp_path / "x.npy", examples().numpy())
     fresh = tmp_path / "fresh"
@@ -779,7 +778,7 @@ def test_a_second_run_is_told_who_holds_the_folder(run, tmp_path, capsys, figure
 
 
 @pytest.mark.reliability("F26")
-@pytest.mark.skipif(not hasattr(os, "fork") or checkpoint.fcntl is None, reason="there are no forks or no locks")
+@pytest.mark.skipif(not hasattr(os, "fork") or _files.fcntl is None, reason="there are no forks or no locks")
 def test_a_fork_neither_holds_the_lock_nor_frees_it(tmp_path):
     release, hold = os.pipe()
     with lock(tmp_path):
@@ -824,13 +823,13 @@ def test_a_fork_may_leave_the_block(tmp_path):
 
 @pytest.mark.reliability("F26")
 def test_where_locks_do_not_work_nothing_is_refused(tmp_path, monkeypatch):
-    if checkpoint.fcntl is None:
+    if _files.fcntl is None:
         pytest.skip("there are no advisory locks")
 
     def unsupported(*arguments):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(checkpoint.fcntl, "flock", unsupported)
+    monkeypatch.setattr(_files.fcntl, "flock", unsupported)
     with lock(tmp_path), lock(tmp_path):
         write(tmp_path / "x", {"a": 1}, kind="test")
     assert read(tmp_path / "x", kind="test") == {"a": 1}
@@ -857,7 +856,7 @@ sys.exit(sum(os.waitpid(child, 0)[1] != 0 for child in children))
 
 @pytest.mark.slow
 @pytest.mark.reliability("F26")
-@pytest.mark.skipif(not hasattr(os, "fork") or checkpoint.fcntl is None, reason="there are no forks or no locks")
+@pytest.mark.skipif(not hasattr(os, "fork") or _files.fcntl is None, reason="there are no forks or no locks")
 def test_writers_in_one_folder_do_not_take_each_others_files_for_strays(tmp_path, figure):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     line = [sys.executable, "-c", WRITERS]
@@ -876,7 +875,7 @@ def test_a_temporary_file_that_was_taken_for_a_stray_is_made_again(tmp_path, mon
             os.unlink(file.name)
         return len(attempts) != 2
 
-    monkeypatch.setattr(checkpoint, "_locked", robbed)
+    monkeypatch.setattr(_files, "_locked", robbed)
     write(tmp_path / "x", {"a": 1}, kind="test")
     assert len(attempts) == 3 and os.listdir(tmp_path) == ["x"] and read(tmp_path / "x", kind="test") == {"a": 1}
 

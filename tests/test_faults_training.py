@@ -27,7 +27,7 @@ from test_sample import exact, unet
 from torch import nn
 
 import pyrodiff
-from pyrodiff import CosineSchedule, GaussianDiffusion, NoisyClassifier, cli, fit
+from pyrodiff import CosineSchedule, GaussianDiffusion, NoisyClassifier, _files, cli, fit
 from pyrodiff._tensor import in_parts, is_out_of_memory
 from pyrodiff.errors import CheckpointError, OptionError, OutOfMemoryError, ProcessError, PyrodiffError
 from pyrodiff.nets import MLP, Classifier
@@ -511,9 +511,7 @@ def test_killed_between_the_files_of_the_first_save(tmp_path: Path, monkeypatch,
         if moment == "log":
             patch.setattr(loop._Run, "_publish", raising(lambda *a: None, lambda *a: True))
         else:
-            patch.setattr(
-                checkpoint, "_replace", raising(checkpoint._replace, lambda path, *a: path.name == names[moment])
-            )
+            patch.setattr(_files, "replace", raising(_files.replace, lambda path, *a: path.name == names[moment]))
         with pytest.raises(Killed):
             fit(make(), examples(), folder=tmp_path / "cut", **options)
     started = (tmp_path / "cut" / "resume.safetensors").exists()

@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The level table. A module may import from rows above its own, and leftward within its row.
 ROWS = (
-    ("errors", "_tensor", "_version"),
+    ("errors", "_tensor", "_files", "_version"),
     ("schedules", "distributions", "nets"),
     ("forward",),
     ("reverse",),

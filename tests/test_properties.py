@@ -53,6 +53,7 @@ EXEMPT = {
     "pyrodiff.laboratory.compare": "tables, pictures and files of what laboratory.values and .gradients measure",
     "pyrodiff.plots": "pictures",
     "pyrodiff.report": "a run's files and its words",
+    "pyrodiff._files": "files: every call fails in turn in test_checkpoint",
     "pyrodiff.training.checkpoint": "files: damaged by the ten thousand in test_checkpoint",
     "pyrodiff.training.data": "files: every mode, depth and damage in test_data",
     "pyrodiff.training.fit": "trains: test_fit",
@@ -526,6 +527,25 @@ def test_shapes(event, batch, dtype, seed):
     found, fitting = _tensor.in_parts(square, batch)
     assert torch.equal(found, x**2) and (fitting == math.inf or fitting <= (batch + 1) / 2)
     assert _tensor.is_out_of_memory(MemoryError()) and not _tensor.is_out_of_memory(RuntimeError("shapes"))
+
+
+WORDS = st.lists(st.integers(0, 2**32 - 1), min_size=3, max_size=3)
+
+
+@covers("_tensor.seed_everything", "_tensor.seeded")
+@given(WORDS, WORDS)
+def test_seeds(numbers, others):
+    from pyrodiff import _tensor
+
+    cpu, before = torch.device("cpu"), torch.get_rng_state()
+    with _tensor.seeded(cpu, *numbers):
+        first = torch.randn(8)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng():
+        _tensor.seed_everything(cpu, *numbers)
+        assert torch.equal(torch.randn(8), first)
+        _tensor.seed_everything(cpu, *others)
+        assert torch.equal(torch.randn(8), first) == (numbers == others)
 
 
 # ---------------------------------------------------------------------- samplers

@@ -632,6 +632,8 @@ EXEMPT = {
     "_tensor.batch_dims": "counts dims",
     "_tensor.check_event": "returns nothing",
     "_tensor.is_out_of_memory": "of an error",
+    "_tensor.seed_everything": "returns nothing",
+    "_tensor.seeded": "returns nothing",
     "diffusion.OBJECTIVES": "GaussianDiffusion's",
     "draws.Draws": CONTAINER,
     "draws.Terms": CONTAINER,
@@ -737,7 +739,7 @@ EXEMPT = {
     "training.optim.JointOptim": "parameters, not examples",
 }
 # Pictures, files, tables, commands: nothing that is computed per example and returned.
-EXEMPT_MODULES = ("cli", "errors", "inference_data", "interop", "plots", "report", "training.checkpoint")
+EXEMPT_MODULES = ("_files", "cli", "errors", "inference_data", "interop", "plots", "report", "training.checkpoint")
 
 
 def public_names() -> set[str]:

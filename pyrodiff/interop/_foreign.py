@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import stat
 import warnings
 import zipfile
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrodiff.errors import CheckpointError, OptionError, SaveError
+from pyrodiff.errors import CheckpointError, OptionError
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_JSON = 10_000_000  # bytes
@@ -104,32 +102,6 @@ def assign(net: nn.Module, state: dict[str, Tensor]) -> None:
     for key in list(state):  # one at a time: twice the memory of a large network may not be there
         own[key] = state.pop(key).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     net.load_state_dict(own, assign=True)
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file: all of it, or the file that was there before stays as it is.
-
-    Raises:
-        SaveError: the file cannot be written.
-    """
-    temporary = path.with_name(f".pyrodiff-{secrets.token_hex(8)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SaveError(f"cannot write {str(path)!r}: {error.strerror or line(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """:func:`write` for a mapping."""
-    write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def refuse(where: str, wanted: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> None:

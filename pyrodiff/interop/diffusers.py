@@ -14,6 +14,7 @@ References:
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrodiff import _files
 from pyrodiff.diffusion import GaussianDiffusion
 from pyrodiff.errors import CheckpointError, OptionError, PyrodiffError
 from pyrodiff.interop import _foreign
@@ -250,9 +252,9 @@ def save(path: str | os.PathLike[str], diffusion: GaussianDiffusion) -> None:
         state["time_proj.weight"] = features
     data = safetensors.torch.save({key: value.contiguous() for key, value in state.items()}, {"format": "pt"})
     folder = Path(path)
-    _foreign.write(folder / WEIGHTS, data)
-    _foreign.write_json(folder / SCHEDULER, scheduler)
-    _foreign.write_json(folder / "config.json", config)
+    _files.write(folder / WEIGHTS, data)
+    _files.write(folder / SCHEDULER, json.dumps(scheduler, indent=2) + "\n")
+    _files.write(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------- configurations

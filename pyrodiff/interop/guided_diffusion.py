@@ -16,6 +16,7 @@ References:
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import re
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrodiff import _files
 from pyrodiff.classifier import NoisyClassifier
 from pyrodiff.diffusion import GaussianDiffusion
 from pyrodiff.errors import CheckpointError, OptionError, check_option
@@ -346,8 +348,8 @@ def save(path: str | os.PathLike[str], diffusion: GaussianDiffusion) -> None:
     net: Any = diffusion.net
     buffer = io.BytesIO()
     torch.save({key: value.contiguous().cpu() for key, value in _theirs(net).items()}, buffer)
-    _foreign.write(path, buffer.getvalue())
-    _foreign.write_json(path.with_suffix(".json"), asdict(card))
+    _files.write(path, buffer.getvalue())
+    _files.write(path.with_suffix(".json"), json.dumps(asdict(card), indent=2) + "\n")
 
 
 def _net(card: Card) -> UNet:

@@ -25,12 +25,9 @@ import hashlib
 import json
 import math
 import os
-import platform
-import secrets
-import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import quote, unquote
@@ -38,16 +35,12 @@ from urllib.parse import quote, unquote
 import torch
 from torch import Tensor, nn
 
-from pyrodiff import nets, schedules
+from pyrodiff import _files, nets, schedules
+from pyrodiff._files import lock
 from pyrodiff._version import __version__
 from pyrodiff.classifier import NoisyClassifier
 from pyrodiff.diffusion import GaussianDiffusion
-from pyrodiff.errors import CheckpointError, OptionError, SaveError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from pyrodiff.errors import CheckpointError, OptionError
 
 __all__ = ["load", "load_classifier", "lock", "read", "save", "write"]
 
@@ -92,7 +85,7 @@ def write(path: str | os.PathLike[str], tree: dict[str, Any], *, kind: str) -> N
     except OptionError:
         raise
     except (RecursionError, ValueError) as error:  # a circle, or an integer of thousands of digits
-        raise OptionError(f"the tree cannot be written as JSON: {_line(error)}") from None
+        raise OptionError(f"the tree cannot be written as JSON: {_files.one_line(error)}") from None
     metadata = {"pyrodiff_format": str(FORMAT), "kind": kind, "sha256": _NO_DIGEST, "tree": text}
     # Wide types first, so that every entry is aligned, as the format asks.
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
@@ -120,12 +113,7 @@ def write(path: str | os.PathLike[str], tree: dict[str, Any], *, kind: str) -> N
         file.seek(0)
         file.write(_header(metadata | {"sha256": digest.hexdigest()}, entries))
 
-    _replace(Path(path), fill, previous=_previous(path))
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file, all of it or not at all; :class:`~pyrodiff.errors.SaveError` if it cannot be written."""
-    _replace(Path(path), lambda file: file.write(text.encode()))
+    _files.replace(Path(path), fill, previous=_previous(path))
 
 
 def read(path: str | os.PathLike[str], *, kind: str) -> dict[str, Any]:
@@ -175,9 +163,9 @@ def _read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     except CheckpointError:
         raise
     except MALFORMED as error:
-        raise CheckpointError(f"{name} is damaged: {_line(error)}") from None
+        raise CheckpointError(f"{name} is damaged: {_files.one_line(error)}") from None
     except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {_reason(error)}") from None
+        raise CheckpointError(f"{name} cannot be read: {_files.reason(error)}") from None
 
 
 def _parsed(file: IO[bytes], name: str, kind: str) -> dict[str, Any]:
@@ -283,12 +271,9 @@ def save(path: str | os.PathLike[str], diffusion: nn.Module, **extra: Any) -> No
     state = {_name(key): value for key, value in diffusion.state_dict().items()}
     kind = next(kind for cls, kind in _KINDS.items() if isinstance(diffusion, cls))
     folder = Path(path)
-    try:
-        _make(folder)
-    except OSError as error:
-        raise SaveError(f"cannot create {str(folder)!r}: {_reason(error)}") from None
+    _files.make_folder(folder)
     write(folder / MODEL, {"config": config, "state": state, "extra": extra}, kind=kind)
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    _files.write(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def load(
@@ -356,7 +341,7 @@ def _load(
                 net = nets.build(network["name"], network["arguments"])
         diffusion = cls(net, schedule or _schedule(options), **config)
     except MALFORMED as error:
-        raise CheckpointError(f"{name} has a config that does not work: {_line(error)}") from None
+        raise CheckpointError(f"{name} has a config that does not work: {_files.one_line(error)}") from None
     own = diffusion.state_dict()
     keys = {_name(key): key for key in own}
     check_state(name, state, {key: own[keys[key]] for key in keys})
@@ -364,148 +349,6 @@ def _load(
     assign = any(value.is_meta for value in own.values())
     diffusion.load_state_dict({keys[key]: state[key] for key in keys}, assign=assign)
     return diffusion if device is None else diffusion.to(device)
-
-
-@contextlib.contextmanager
-def lock(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a folder for the length of a ``with`` block, so that no second run writes to it.
-
-    The lock is advisory, of the process, and gone with it however it ends; the file ``.lock``
-    stays, and says who holds it. Where the system or the file system has no such locks, nothing is
-    locked.
-
-    Args:
-        folder: created if need be.
-
-    Raises:
-        OptionError: another run holds the folder, or it cannot be written to.
-    """
-    folder = Path(folder)
-    with contextlib.ExitStack() as stack:
-        try:
-            _make(folder)
-            file = stack.enter_context(open(folder / ".lock", "a+b", buffering=0))
-        except OSError as error:
-            raise OptionError(f"folder {str(folder)!r} cannot be used: {_reason(error)}") from None
-        if not _locked(file):
-            file.seek(0)
-            holder = file.read(200).decode(errors="replace")
-            told = f" ({holder})" if holder.isprintable() and holder else ""
-            raise OptionError(f"folder {str(folder)!r} is in use by another run{told}")
-        _write_holder(file, f"process {os.getpid()} on {platform.node()}")
-        _held.add(file)
-        try:
-            yield
-        finally:
-            if file in _held:  # not in a fork of the holder
-                _held.remove(file)
-                _write_holder(file, "")
-
-
-_held: set[IO[bytes]] = set()
-
-
-def _disown() -> None:
-    """In a fork: the lock is the parent's, and must not outlive it in the child."""
-    while _held:
-        _held.pop().close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_disown)
-
-
-def _write_holder(file: IO[bytes], text: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk: the lock itself needs no room
-        file.truncate(0)
-        file.write(text.encode())
-
-
-def _locked(file: IO[bytes]) -> bool:
-    """Try to lock an open file; False if someone else holds it."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # a file system without locks (some network ones)
-            return True
-    return True
-
-
-def _replace(path: Path, fill: Callable[[IO[bytes]], object], previous: str | None = None) -> None:
-    """Put what ``fill`` writes in the place of ``path``, so that a crash leaves the old or the new file.
-
-    The old one stays under the name ``previous``, if that is given.
-    """
-    folder = path.parent
-    temporary, link = (folder / f".pyrodiff-{secrets.token_hex(8)}.tmp" for _ in range(2))
-    try:
-        _remove_strays(folder)
-        with _temporary(temporary) as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-            if previous is not None:
-                # By way of a link of its own: the file is there under its own name at every moment.
-                with contextlib.suppress(OSError):  # there is none, or no links in this file system
-                    os.link(path, link)
-                    os.replace(link, previous)
-            if fcntl is None:
-                file.close()  # Windows renames no open file; elsewhere its lock must last until it has its name
-            os.replace(temporary, path)
-        _sync(folder)
-    except OSError as error:
-        reason = _reason(error)
-        with contextlib.suppress(OSError):
-            reason += f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB free there)"
-        raise SaveError(f"cannot write {str(path)!r}: {reason}") from None
-    finally:
-        for stray in (temporary, link):
-            with contextlib.suppress(OSError):
-                stray.unlink()
-
-
-def _temporary(path: Path) -> IO[bytes]:
-    """A new file whose lock says that its writer lives."""
-    while True:
-        file = open(path, "xb")
-        # Another process may take it for a stray between the two calls, and remove it.
-        if _locked(file) and os.path.exists(path):
-            return file
-        file.close()
-        path.unlink(missing_ok=True)
-
-
-def _remove_strays(folder: Path) -> None:
-    """Remove temporary files of processes that were killed."""
-    for stray in folder.glob(".pyrodiff-*.tmp"):
-        with contextlib.suppress(OSError):
-            if fcntl is None:  # Windows, which refuses to remove a file that anyone has open
-                stray.unlink()
-                continue
-            with open(stray, "rb+") as file:
-                if _locked(file):
-                    stray.unlink()
-
-
-def _make(folder: Path) -> None:
-    """Create a folder and what it lies in, for good."""
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for each in new:
-        _sync(each.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make new names in a folder survive a power cut."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _without_tensors(node: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -642,12 +485,3 @@ def check_state(name: str, state: dict[str, Any], own: dict[str, Tensor]) -> Non
     ]
     if said:
         raise CheckpointError(f"{name}: {'; '.join(said)}")
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or _line(error)
-
-
-def _line(error: BaseException) -> str:
-    """An error's message, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

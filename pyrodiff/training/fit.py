@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .. import _files
 from .. import timesteps as draws
 from .._tensor import check_event, is_out_of_memory, seed_everything, seeded
 from .._version import __version__
@@ -324,7 +325,7 @@ class _Run:
         self.folder = None if folder is None or engine.rank else Path(folder)
         self.read_folder = None if folder is None else Path(folder)
         if self.folder is not None:
-            stack.enter_context(checkpoint.lock(self.folder))
+            stack.enter_context(_files.lock(self.folder))
         self.result = Fit()
         # A bound is per dim, a class is one for the whole example.
         self.dims, self.loss_name = diffusion.event_shape.numel(), "train_loss_nats_per_dim"
@@ -550,7 +551,7 @@ class _Run:
                 self.diffusion.load_state_dict(own)
             self.published = self.result.best_step
         text = "".join(json.dumps(record) + "\n" for record in self.result.records)
-        checkpoint.write_text(folder / "metrics.jsonl", text)
+        _files.write(folder / "metrics.jsonl", text)
 
     def restore(self) -> None:
         """The inverse of :meth:`save`."""
