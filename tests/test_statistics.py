@@ -194,8 +194,9 @@ def test_samples_have_the_moments_of_the_recursion(variance, figure):
     assert_moments(x, mu, V, detects=0.05)
     figure("Q12", "|z| of the mean", abs(float(x.mean()) - mu) / math.sqrt(V / n), at_most=4.89)
     figure("Q12", "|z| of the variance", abs(float(x.var()) / V - 1) / math.sqrt(2 / n), at_most=4.89)
-    exact = mu + math.sqrt(V) * torch.randn(5000, 1, dtype=F64)
-    figure("Q12", "C2ST accuracy less 0.5", abs(c2st(x[:5000], exact) - 0.5), at_most=0.03)
+    many, few = 50_000, 5_000  # by so few, the accuracy for a wrong shift is 0.54 ± 0.005
+    exact = mu + math.sqrt(V) * torch.randn(many, 1, dtype=F64)
+    figure("Q12", "C2ST accuracy less 0.5", abs(c2st(x[:few], exact[:few]) - 0.5), at_most=0.03)
     other, _ = one_dimension(50, "fixed_small" if variance == "fixed_large" else "fixed_large")
     wrong = {
         "the other variance": sample(other, n, last="sample", batch_size=n),
@@ -207,7 +208,7 @@ def test_samples_have_the_moments_of_the_recursion(variance, figure):
             assert_moments(draws, mu, V, detects=0.05)
         figure.count("Q12", "wrong samplers rejected", 1, at_least=6)
         if name != "the other variance":
-            figure("Q12", "C2ST accuracy of a wrong scale or shift", c2st(draws[:5000], exact), at_least=0.53)
+            figure("Q12", "C2ST accuracy of a wrong scale or shift", c2st(draws[:many], exact), at_least=0.53)
 
 
 @pytest.mark.monte_carlo
