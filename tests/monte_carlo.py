@@ -30,6 +30,7 @@ def state(statistic: Any, **rates: float) -> None:
 
     Without rates: draws themselves, where what is made of them, say a count of all, may come out the same for any seed.
     """
+    rates = {name: float(rate) for name, rate in rates.items()}  # NumPy's numbers do not travel between processes
     STATED.append({"statistic": zlib.crc32(numbers(statistic).tobytes()), **rates})
 
 
