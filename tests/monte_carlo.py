@@ -5,7 +5,7 @@ states two rates: of false alarms, right code that fails, and of misses, wrong c
 wrong. The second is an assertion on the number of draws: a test too small to see what it claims to see fails.
 
 A marked test that states nothing fails, and so does one that is not marked but states. `--seeds N` runs the marked tests
-N times, each time with other seeds, and a test whose statistics were the same in all of them fails.
+N times, each time with other seeds, and a test whose statistics were the same in all of them (five or more) fails.
 """
 
 from __future__ import annotations
@@ -212,8 +212,8 @@ class Seeds:
 
     @property
     def fixed(self) -> list[str]:
-        """Tests whose draws are the same in every run."""
-        return sorted(name for name, found in self.statistics.items() if len(found) > len(set(found)) == 1)
+        """Tests whose draws are the same in every run, of so many that counts do not coincide by chance."""
+        return sorted(name for name, found in self.statistics.items() if len(found) >= 5 and len(set(found)) == 1)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.fixed:

@@ -200,7 +200,8 @@ class Report:
             said = [f"{label} {figure}" for label, figure in self.figures[row].items()]
             said += sorted(self.reasons[row]) if status == "not run" else []
             tests = ", ".join(f"{n} {outcome}" for outcome, n in sorted(self.outcomes[row].items()))
-            lines.append(f"| {row} | {what} | {status} | {'; '.join(said)} | {tests} |")
+            measured = "; ".join(said).replace("|", r"\|")
+            lines.append(f"| {row} | {what} | {status} | {measured} | {tests} |")
         return lines
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

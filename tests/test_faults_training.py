@@ -910,6 +910,14 @@ def launcher(folder: str, port: int) -> None:
     time.sleep(600)
 
 
+@pytest.mark.reliability("F24")
+@pytest.mark.parametrize(("told", "number"), [((0.5, 0.0), 15), ((0.0, 0.5), 2), ((0.5, 0.5), 15)])
+def test_a_signal_to_one_process_ends_all_by_that_signal(monkeypatch, told: tuple[float, float], number: int):
+    monkeypatch.setattr(engines.Engine, "mean", lambda self, loss, norm, *own: [float(loss), float(norm), *told])
+    result = fit(make(), examples(), **SMALL)
+    assert (result.interrupted, result.steps) == (number, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.reliability("F30", "F24")
 def test_processes_end_when_torchrun_is_killed(forks: Forks, tmp_path: Path, figure):

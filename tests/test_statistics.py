@@ -449,6 +449,7 @@ def test_other_seeds(figure):
         found.stdout,
     )
     assert said, found.stdout[-3000:]
+    print(*re.findall(r"the same draws .*|^FAILED .*", found.stdout, re.MULTILINE), sep="\n")
     tests, fifty, passed, failed, fixed = map(int, said.groups()[:5])
     figure("Q23", "failures with other seeds", failed, at_most=0)
     figure("Q23", "tests with the same draws at every seed", fixed, at_most=0)

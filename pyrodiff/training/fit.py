@@ -249,8 +249,7 @@ def fit(
                     text = run.describe(math.nan if mean is None else mean)
                     print(f"step {result.steps} of {steps}: {text}", file=sys.stderr, flush=True)
         if run.stopped or stop.requested:
-            # Where it was another process that was told, it counts as Ctrl-C.
-            result.interrupted = stop.requested or int(signal.SIGINT)
+            result.interrupted = run.stopped or stop.requested
             run.save()
         result.seconds = time.monotonic() - start
         run.finish()
@@ -354,7 +353,7 @@ class _Run:
         self.running = math.nan  # the loss of recent steps, for the bar
         self.total, self.counted = 0.0, 0  # the losses since the last validation, for the record
         self.published = 0  # the step of the weights that the folder's model has
-        self.stopped = False
+        self.stopped = 0  # the signal that some process was told
         self.outside = _count_outside_range(diffusion, stack)
         if engine.fabric is not None:
             self.loss = engine.fabric.setup_module(self.loss)
@@ -379,8 +378,9 @@ class _Run:
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.diffusion.parameters(), self.options["clip_norm"])
         # The same numbers on every rank, so that all skip, or stop, or none does.
-        loss_value, norm_value, stops = self.engine.mean(total, norm, total.new_tensor(float(stop.requested > 0)))
-        self.stopped = stops > 0
+        told = total.new_tensor([float(stop.requested == number) for number in (signal.SIGTERM, signal.SIGINT)])
+        loss_value, norm_value, terminated, interrupted = self.engine.mean(total, norm, *told)
+        self.stopped = int(signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0)
         self.result.steps += 1
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             for buffer, before in zip(self.diffusion.buffers(), buffers, strict=True):
