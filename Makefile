@@ -73,7 +73,7 @@ test-slow: $(PREPARED)  ## the rest of the suite
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
 
 reliability: $(PREPARED)  ## both tiers, with coverage: measured against required, row by row of tests/reliability.py
-	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --report build/reliability.md --cov --cov-report= $(PYTEST_ARGS)
+	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --report=build/reliability.md --cov --cov-report= $(PYTEST_ARGS)
 
 seeds: $(PREPARED)  ## the fast Monte Carlo tests 50 times with other seeds: half an hour
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m "monte_carlo and not slow" --seeds 50 $(PYTEST_ARGS)
