@@ -56,11 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Report(file, coverage=bool(config.getoption("cov_source", None))))
 
 
-@pytest.hookimpl(trylast=True)  # after the tests have been shuffled
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The longest first, or one worker would be at them when the others have nothing left to do.
-    limits = {item: max((mark.args[0] for mark in item.iter_markers("timeout")), default=0) for item in items}
-    items.sort(key=lambda item: -limits[item])
     for item in items:
         if rows := marked(item):
             item.user_properties.append(("rows", sorted(rows)))
