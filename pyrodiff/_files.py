@@ -7,13 +7,14 @@ lock on it, which is gone with its process, says whether the process lives.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .errors import OptionError, SaveError
 
@@ -22,7 +23,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["lock", "make_folder", "one_line", "reason", "replace", "write"]
+__all__ = ["lock", "make_folder", "one_line", "reason", "replace", "write", "write_json"]
 
 
 def replace(path: Path, fill: Callable[[IO[bytes]], object], previous: str | None = None) -> None:
@@ -93,6 +94,11 @@ def write(path: str | os.PathLike[str], data: bytes | str) -> None:
     path = Path(path)
     make_folder(path.parent)
     replace(path, lambda file: file.write(data.encode() if isinstance(data, str) else data))
+
+
+def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """:func:`write` for a mapping."""
+    write(path, json.dumps(content, indent=2) + "\n")
 
 
 def make_folder(folder: Path) -> None:

@@ -14,7 +14,6 @@ References:
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -253,8 +252,8 @@ def save(path: str | os.PathLike[str], diffusion: GaussianDiffusion) -> None:
     data = safetensors.torch.save({key: value.contiguous() for key, value in state.items()}, {"format": "pt"})
     folder = Path(path)
     _files.write(folder / WEIGHTS, data)
-    _files.write(folder / SCHEDULER, json.dumps(scheduler, indent=2) + "\n")
-    _files.write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    _files.write_json(folder / SCHEDULER, scheduler)
+    _files.write_json(folder / "config.json", config)
 
 
 # ---------------------------------------------------------------------- configurations

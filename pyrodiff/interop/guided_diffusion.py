@@ -16,7 +16,6 @@ References:
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import re
@@ -349,7 +348,7 @@ def save(path: str | os.PathLike[str], diffusion: GaussianDiffusion) -> None:
     buffer = io.BytesIO()
     torch.save({key: value.contiguous().cpu() for key, value in _theirs(net).items()}, buffer)
     _files.write(path, buffer.getvalue())
-    _files.write(path.with_suffix(".json"), json.dumps(asdict(card), indent=2) + "\n")
+    _files.write_json(path.with_suffix(".json"), asdict(card))
 
 
 def _net(card: Card) -> UNet:

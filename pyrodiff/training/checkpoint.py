@@ -273,7 +273,7 @@ def save(path: str | os.PathLike[str], diffusion: nn.Module, **extra: Any) -> No
     folder = Path(path)
     _files.make_folder(folder)
     write(folder / MODEL, {"config": config, "state": state, "extra": extra}, kind=kind)
-    _files.write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    _files.write_json(folder / "config.json", config)
 
 
 def load(
