@@ -52,9 +52,9 @@ def on_cuda(diffusion: GaussianDiffusion, tmp_path: Path) -> GaussianDiffusion:
 
 def moved(trace: poutine.Trace) -> poutine.Trace:
     trace = trace.copy()
-    for site in trace.nodes.values():
+    for name, site in list(trace.nodes.items()):
         if site["type"] == "sample" and isinstance(site["value"], torch.Tensor):
-            site["value"] = site["value"].cuda()
+            trace.nodes[name] = {**site, "value": site["value"].cuda()}  # the copy's sites are the original's
     return trace
 
 
@@ -102,10 +102,13 @@ def test_elbo_terms_run_there_and_agree_within_their_noise(tmp_path: Path):
     cpu = make()
     cuda = on_cuda(cpu, tmp_path)
     x0 = images(32)
-    a = bits_per_dim(elbo_terms(cpu, x0, repeats=8))
-    b = bits_per_dim(elbo_terms(cuda, x0.cuda(), repeats=8))
-    # the same images, other noise
-    assert_estimate(a.mean - b.mean, (a.se_noise**2 + b.se_noise**2) ** 0.5, (-1e-3, 1e-3), detects=1.0)
+    a = bits_per_dim(elbo_terms(cpu, x0, repeats=32))
+    b = bits_per_dim(elbo_terms(cuda, x0.cuda(), repeats=32))
+    # the same images, other noise; random weights, so that the bound is in the hundreds
+    rounding = 1e-3 * a.mean
+    assert_estimate(
+        a.mean - b.mean, (a.se_noise**2 + b.se_noise**2) ** 0.5, (-rounding, rounding), detects=0.1 * a.mean
+    )
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
