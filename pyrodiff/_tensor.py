@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .errors import OutOfMemoryError, ShapeError
 
 __all__ = [
-    "append_dims", "batch_dims", "check_event", "in_parts", "is_out_of_memory", "seed_everything", "seeded", "sum_event", "take_rows",
+    "append_dims", "batch_dims", "check_event", "in_parts", "is_out_of_memory", "like_of", "seed_everything", "seeded", "sum_event",
+    "take_rows",
 ]  # fmt: skip
 
 
@@ -98,6 +99,11 @@ def in_parts(function: Callable[[slice], Tensor], n: int, rows: float = math.inf
             # Tried again after this block, which holds the failed call's tensors by its traceback.
             rows = (size + 1) // 2
     return (found[0] if len(found) == 1 else torch.cat(found)), rows
+
+
+def like_of(net: nn.Module) -> Tensor:
+    """A tensor of the network's dtype, on its device; of torch's defaults where it has no parameters."""
+    return next(net.parameters(), torch.zeros((), device=torch.get_default_device()))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

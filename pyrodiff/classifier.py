@@ -157,7 +157,11 @@ class NoisyClassifier(nn.Module):
             for _ in range(repeats):
                 rows = []
                 for x0_part, y_part in zip(x0.split(batch_size), y.split(batch_size), strict=True):
-                    strata = (torch.rand(len(x0_part), count) + torch.arange(count)) / count * self.steps
+                    strata = (
+                        (torch.rand(len(x0_part), count, device="cpu") + torch.arange(count, device="cpu"))
+                        / count
+                        * self.steps
+                    )
                     costs = []
                     for t in (strata.long().clamp(max=self.steps - 1) + 1).T.to(x0.device):
                         law = self(self.forward_process.marginal(x0_part, t).sample(), t)

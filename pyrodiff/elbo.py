@@ -286,19 +286,19 @@ def _columns(
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """A function that gives the timesteps of one repeat, ``[C]`` or ``[B, C]``, and their weights."""
     if t is None:
-        every = torch.arange(2, schedule.length + 1)
-        return lambda: (every, torch.ones(len(every), dtype=torch.float64))
+        every = torch.arange(2, schedule.length + 1, device="cpu")
+        return lambda: (every, torch.ones_like(every, dtype=torch.float64))
     steps, continuous = schedule.steps, schedule.continuous
     total = 1 if continuous else steps - 1  # of the weights
     if isinstance(t, int):
         if not (1 <= t and steps >= 2):
             raise OptionError(f"t={t!r} timesteps per example is not at least 1, or T={steps} has none to draw from")
-        even = torch.full((batch, t), total / t, dtype=torch.float64)
+        even = torch.full((batch, t), total / t, dtype=torch.float64, device="cpu")
 
         def draw() -> tuple[Tensor, Tensor]:
             # One offset per example, so that examples are independent; stratified within each.
-            offset = torch.rand(batch, 1, dtype=torch.float64)
-            u = (torch.arange(t, dtype=torch.float64) + offset) / t
+            offset = torch.rand(batch, 1, dtype=torch.float64, device="cpu")
+            u = (torch.arange(t, dtype=torch.float64, device="cpu") + offset) / t
             if continuous:
                 return 1 - u, even  # in (0, 1]
             return (u * (steps - 1)).long().clamp(max=steps - 2) + 2, even
@@ -314,7 +314,7 @@ def _columns(
             f"{schedule.first} < t <= {schedule.last}"
         )
     if weights is None:
-        weights = torch.full(t.shape, total / t.shape[-1], dtype=torch.float64)
+        weights = torch.full_like(t, total / t.shape[-1], dtype=torch.float64)
     elif weights.shape != t.shape:
         raise ShapeError(f"weights have shape {list(weights.shape)}, not that of t, {list(t.shape)}")
     fixed = (t.cpu(), weights.double().cpu())
@@ -335,7 +335,7 @@ def _chain_terms(
         x_t, terms = _draw(q.posterior(x0, x_t, step), p(x_t, step, **cond))
         columns.append(terms)
     reconstruction = -p.decode(x_t, **cond).log_prob(x0).double().cpu()
-    empty = torch.zeros(len(x0), 0, dtype=torch.float64)
+    empty = reconstruction.new_zeros(len(x0), 0)
     found = {}
     for i, name in enumerate(KLS):
         diffusion_terms = torch.stack([c[i] for c in reversed(columns)], dim=-1) if columns else empty
@@ -359,7 +359,7 @@ def _independent_terms(
         columns.append(_draw(q.posterior(x0, x_t, t_part), p(x_t, t_part, **cond))[1])
     x_1 = q.marginal(x0, schedule.first).sample()
     reconstruction = -p.decode(x_1, **cond).log_prob(x0).double().cpu()
-    empty = torch.zeros(batch, 0, dtype=torch.float64)
+    empty = reconstruction.new_zeros(batch, 0)
     found = {}
     for i, name in enumerate(KLS):
         diffusion_terms = torch.cat([c[i] for c in columns]).T if columns else empty

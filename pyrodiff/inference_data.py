@@ -596,7 +596,7 @@ def _add_weights(
 ) -> None:
     """The log importance weight of every chain, and the bound of all chains of an example."""
     steps = terms.t.shape[-1] + 1 if diffusion is None else diffusion.steps
-    if not torch.equal(terms.t, torch.arange(2, steps + 1)) or not (terms.weights == 1).all():
+    if not torch.equal(terms.t, torch.arange(2, steps + 1, device="cpu")) or not (terms.weights == 1).all():
         raise OptionError(f"chain=True needs terms with every timestep 2..{steps} once and weights of 1")
     log_weight = -terms.by("monte_carlo").parts()["total"]
     about = {**_NATS, "long_name": "log p(x_0, ..., x_T) - log q(x_1, ..., x_T | x_0)"}
@@ -636,7 +636,7 @@ def _table(name: str, table: pandas.DataFrame) -> xarray.Dataset:
 def _schedule(schedule: Schedule) -> xarray.Dataset:
     import xarray
 
-    t = torch.arange(1, schedule.length + 1)
+    t = torch.arange(1, schedule.length + 1, device="cpu")
     values = {name: ("timestep", value) for name, value in _of_schedule(schedule, t).items()}
     betas = schedule.betas.detach()
     values["betas"] = ("timestep", _numpy(betas.flatten(1).mean(1) if betas.dim() > 1 else betas))

@@ -92,13 +92,13 @@ def elbo_by_timestep(terms: ELBOTerms, schedule: Schedule, x: str = "timestep") 
         left.plot(at, mean, color=colour, linewidth=1.4, label=name, marker="o", markersize=3)
         left.fill_between(at, mean - se, mean + se, color=colour, alpha=0.2, linewidth=0)
         reconstruction, prior = bits_per_dim(one, "reconstruction"), bits_per_dim(one, "prior")
-        ends = torch.tensor([1.0, float(schedule.steps)])
-        path = torch.cat([torch.zeros(1), share.cumsum(0) / per_dim]) + reconstruction.mean
+        ends = torch.tensor([1.0, float(schedule.steps)], device="cpu")
+        path = torch.cat([torch.zeros(1, device="cpu"), share.cumsum(0) / per_dim]) + reconstruction.mean
         along = torch.cat([ends[:1], last, ends[1:]])
         path = torch.cat([path, path[-1:] + prior.mean])
         middle.plot(_coordinate(schedule, along, x), path, color=colour, linewidth=1.4, label=name)
         if kl == "analytic":
-            spread = mean.quantile(torch.tensor([0.0, 0.5, 1.0], dtype=mean.dtype)) if len(mean) else None
+            spread = mean.quantile(torch.tensor([0.0, 0.5, 1.0], dtype=mean.dtype, device="cpu")) if len(mean) else None
     if spread is not None and spread[2] > 10 * spread[1].abs():
         # Logarithmic, but for the last hundredth, so that estimates below zero stay in sight.
         left.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(float(spread[2]) / 100)))
@@ -186,7 +186,7 @@ def denoising(
         raise ShapeError(f"x0_hat has shape {list(x0_hat.shape)}, not {[length - 1, *trajectory.shape[1:]]}")
     if columns < 2 or rows < 1:
         raise OptionError(f"columns={columns!r} must be at least 2, rows={rows!r} at least 1")
-    shown = torch.linspace(0, length - 1, min(columns, length)).round().long()
+    shown = torch.linspace(0, length - 1, min(columns, length), device="cpu").round().long()
     tiles: list[list[Tensor | None]] = []
     names = []
     for path in range(min(rows, trajectory.shape[1])):
@@ -442,7 +442,7 @@ def posterior(
         x, weights, notes = found.particles.flatten(0, 1), found.weights.flatten(), found.warnings
     else:
         x, notes = found, ()
-        weights = torch.full((len(x),), 1 / max(1, len(x)), dtype=torch.float64)
+        weights = torch.full((len(x),), 1 / max(1, len(x)), dtype=torch.float64, device="cpu")
     x = x.detach().double().cpu()
     if not 2 <= x.dim() <= 4 or not x.numel() or (x.dim() == 4 and x.shape[1] not in (1, 3)):
         raise ShapeError(
@@ -457,7 +457,7 @@ def posterior(
     deviation = torch.tensordot(weights, (x - mean).square(), 1).sqrt()
     shown = x[:0]
     if draws:
-        places = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+        places = (torch.arange(draws, dtype=torch.float64, device="cpu") + 0.5) / draws
         shown = x[torch.searchsorted(weights.cumsum(0), places).clamp(max=len(x) - 1)]
     if observation is not None:
         observation = observation.detach().double().cpu()
@@ -491,7 +491,7 @@ def smc_diagnostics(found: Posterior) -> Figure:
         raise ProgramError(found.no_evidence)
     repeats, count = found.log_weights.shape
     ess, k = found.ess.cpu(), found.pareto_k.cpu()
-    t = torch.arange(ess.shape[1] - 1, -1, -1)
+    t = torch.arange(ess.shape[1] - 1, -1, -1, device="cpu")
     below = [
         part for text in found.warnings for part in textwrap.wrap(f"warning: {text}", 130, subsequent_indent="    ")
     ]
@@ -561,7 +561,7 @@ def _by_timestep(terms: ELBOTerms) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     repeats, examples, _ = kl.shape
     t, weights = t.expand_as(kl), weights.expand_as(kl)
     if not kl.numel():
-        empty = torch.empty(0, dtype=torch.float64)
+        empty = torch.empty(0, dtype=torch.float64, device="cpu")
         return empty, empty, empty, empty, empty
     steps = t.unique()
     size = 1
@@ -571,8 +571,8 @@ def _by_timestep(terms: ELBOTerms) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     count = int(bins.max()) + 1
 
     def total(values: Tensor) -> Tensor:  # per image and bin, over columns and repeats
-        images = torch.arange(examples)[:, None].expand_as(values)
-        flat = torch.zeros(examples * count, dtype=torch.float64)
+        images = torch.arange(examples, device="cpu")[:, None].expand_as(values)
+        flat = torch.zeros(examples * count, dtype=torch.float64, device="cpu")
         return flat.index_add(0, (images * count + bins).flatten(), values.flatten().double()).view(examples, count)
 
     weight = total(weights).sum(0)
@@ -582,7 +582,7 @@ def _by_timestep(terms: ELBOTerms) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     residual = total(weights * (kl - mean[bins]))
     se = residual.square().sum(0).sqrt() / weight
     se = se * math.sqrt(examples / (examples - 1)) if examples > 1 else torch.full_like(se, math.nan)
-    last = torch.zeros(count).scatter_reduce(0, bins.flatten(), t.flatten().float(), "amax")
+    last = torch.zeros(count, device="cpu").scatter_reduce(0, bins.flatten(), t.flatten().float(), "amax")
     return total(weights * t).sum(0) / weight, last, mean, se, share / (repeats * examples)
 
 
@@ -590,7 +590,7 @@ def _coordinate(schedule: Schedule, t: Tensor, x: str) -> Tensor:
     """Timesteps, of which a bin's mean need not be whole, on the axis asked for."""
     if x == "timestep" or not len(t):
         return t
-    every = schedule.log_snr(torch.arange(1, schedule.steps + 1)).detach()
+    every = schedule.log_snr(torch.arange(1, schedule.steps + 1, device="cpu")).detach()
     if schedule.event_dim:
         every = every.flatten(1).mean(1)
     below = (t.long() - 1).clamp(0, schedule.steps - 1)
@@ -601,7 +601,7 @@ def _coordinate(schedule: Schedule, t: Tensor, x: str) -> Tensor:
 def _mark_ends(axes: Axes, terms: ELBOTerms, schedule: Schedule, x: str) -> None:
     """Say where the running sum starts and what its last step is; and, where it has a meaning, the share."""
     parts = {part: bits_per_dim(terms.by("analytic"), part).mean for part in terms.parts()}
-    ends = _coordinate(schedule, torch.tensor([1.0, float(schedule.steps)]), x)
+    ends = _coordinate(schedule, torch.tensor([1.0, float(schedule.steps)], device="cpu"), x)
     heights = (parts["reconstruction"], parts["total"])
     axes.plot(ends, heights, "o", color=_COLOURS["analytic"], markersize=5, clip_on=False, zorder=3)
     name = "reconstruction, $t = 1$"
@@ -803,7 +803,7 @@ def _mosaic(
     columns = max(len(row) for row in rows)
     canvas_height = y - gap + margin
     canvas_width = left + columns * (width + gap) - gap + margin
-    canvas = torch.full((canvas_height, canvas_width, 3), 255, dtype=torch.uint8)
+    canvas = torch.full((canvas_height, canvas_width, 3), 255, dtype=torch.uint8, device="cpu")
     for top, row in zip(tops, rows, strict=True):
         for j, tile in enumerate(row):
             if tile is not None:
@@ -853,7 +853,7 @@ def _posterior_images(
     for axes, (name, image) in zip([*panels[:at], *panels[at + 1 :]], data, strict=True):
         missing = ~image.isfinite().all(0)
         pixels = ((image - low) / (high - low)).clamp(0, 1).permute(1, 2, 0).repeat(1, 1, 3 // len(image))
-        pixels[missing] = torch.tensor(_SAND, dtype=pixels.dtype)
+        pixels[missing] = torch.tensor(_SAND, dtype=pixels.dtype, device="cpu")
         axes.imshow(pixels.numpy(), interpolation="nearest")
         axes.set_title(name, fontsize=8)
         if missing.any():
@@ -888,7 +888,7 @@ def _posterior_signals(
     channels, length = mean.shape
     figure = _figure(_WIDTH, 0.75 + 1.5 * channels + below)
     panels = figure.subplots(channels, 1, squeeze=False, sharex=True)[:, 0]
-    at, colour = torch.arange(length), _PALETTE[0]
+    at, colour = torch.arange(length, device="cpu"), _PALETTE[0]
     for c, axes in enumerate(panels):
         for times, alpha in ((2, 0.15), (1, 0.3)):
             low, high = mean[c] - times * deviation[c], mean[c] + times * deviation[c]
@@ -974,7 +974,7 @@ def calibration(result: Calibration, alpha: float = 0.05) -> Figure:
         OptionError: ``alpha`` is not in (0, 1), or matplotlib is not installed.
     """
     low, high = band(len(result.ranks), result.draws, alpha)
-    share = torch.linspace(0, 1, result.draws + 2, dtype=torch.float64)
+    share = torch.linspace(0, 1, result.draws + 2, dtype=torch.float64, device="cpu")
     figure = _figure(4.2, 3.2)
     axes = figure.subplots()
     axes.fill_between(

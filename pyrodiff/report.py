@@ -146,10 +146,10 @@ def report(
     classes = classes_of(diffusion)
     labels = None if images.test_labels is None else images.test_labels[: scoring.images]
     told = conditioning(diffusion, test, labels, low_res)
-    rows_of_test = torch.arange(scoring.samples) % len(test)
+    rows_of_test = torch.arange(scoring.samples, device="cpu") % len(test)
     cond = {k: v[rows_of_test] for k, v in told.items()}
     if low_res is None and classes is not None:  # as many of each; smaller images keep their own labels
-        cond["y"] = torch.arange(scoring.samples) % classes
+        cond["y"] = torch.arange(scoring.samples, device="cpu") % classes
     terms = score(diffusion, test, told, scoring.timesteps, scoring.repeats, True, progress)
     rows = [("test", f"{bits_per_dim(terms)}, {len(test)} images")]
     rows += [(f"  {part}", str(bits_per_dim(terms, part))) for part in ("prior", "diffusion", "reconstruction")]
@@ -185,9 +185,9 @@ def _quality(samples: Tensor, images: ImageData, seed: int) -> dict[str, Any]:
     # Equal numbers everywhere: a Fréchet distance grows as sets shrink. One half of the real images is the reference.
     generator = torch.Generator().manual_seed(seed)
     real = torch.cat([images.train, images.validation, images.test])[: 2 * len(on_grid)]
-    real = real[torch.randperm(len(real), generator=generator)]
+    real = real[torch.randperm(len(real), generator=generator, device="cpu")]
     reference, other = real.chunk(2)
-    noisy = other + 0.15 * torch.randn(other.shape, generator=generator)
+    noisy = other + 0.15 * torch.randn(other.shape, generator=generator, device="cpu")
     sets = {"samples": on_grid[: len(other)], "real": other, "real_with_noise_0.15": noisy}
     distances = {key: metrics.feature_distance(classifier, reference, x) for key, x in sets.items()}
     name = f"{images.name}-Fréchet"

@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from ._tensor import append_dims, check_event, take_rows
+from ._tensor import append_dims, check_event, like_of, take_rows
 from .diffusion import GaussianDiffusion
 from .distributions import Gaussian
 from .errors import OptionError, ShapeError, check_option
@@ -412,9 +412,9 @@ def _walks(
         raise OptionError(f"classifier_cond={classifier_cond!r} is for a classifier, and there is none")
     told = cond if classifier_cond is None else classifier_cond
     if seed is None:
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
     kernel = diffusion.reverse_kernel if steps is None else diffusion.reverse_kernel.respace(steps)
-    like = next(diffusion.net.parameters(), torch.zeros(()))
+    like = like_of(diffusion.net)
     length = kernel.schedule.length
     respaced = steps is not None and isinstance(kernel.schedule, RespacedSchedule)
     own_t = cast("RespacedSchedule", kernel.schedule).kept if respaced else range(1, length + 1)

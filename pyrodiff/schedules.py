@@ -127,7 +127,7 @@ class Schedule(nn.Module):
     @property
     def betas(self) -> Tensor:
         r"""DDPM's :math:`\beta_t = 1 - \bar\alpha_t / \bar\alpha_{t-1}` for t = 1..T, float64, shape ``[T]``."""
-        log_alpha_bar = logsigmoid(self.log_snr(torch.arange(self.length + 1)))
+        log_alpha_bar = logsigmoid(self.log_snr(torch.arange(self.length + 1, device="cpu")))
         return -torch.expm1(log_alpha_bar[1:] - log_alpha_bar[:-1])
 
     def respace(self, spec: str | int | Sequence[int]) -> RespacedSchedule:
@@ -158,7 +158,7 @@ class Schedule(nn.Module):
 
 
 class _Table:
-    """A table of numbers at steps 0..T, looked up on the device of ``t``."""
+    """A table of numbers at steps 0..T, made on the CPU and looked up on the device of ``t``."""
 
     def __init__(self, values: Tensor) -> None:
         # A plain tensor and not a buffer: .to(bfloat16) on the model would leave 715 of 1000 distinct values.
@@ -202,7 +202,7 @@ class _Tabulated(Schedule):
             i = int(rising.nonzero()[0])
             raise OptionError(f"{name}: log-SNR must decrease, but does not from step {i + 1} to {i + 2}")
         self.steps = len(log_snr)
-        self._table = _Table(torch.cat([torch.tensor([math.inf], dtype=torch.float64), log_snr.to(torch.float64)]))
+        self._table = _Table(nn.functional.pad(log_snr.double(), (1, 0), value=math.inf))
 
     def log_snr(self, t: int | Tensor) -> Tensor:
         """See :meth:`Schedule.log_snr`.
@@ -250,7 +250,7 @@ class TableSchedule(_Tabulated):
     """
 
     def __init__(self, betas: Tensor | Sequence[float]) -> None:
-        betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
         if betas.dim() != 1 or not len(betas):
             raise ShapeError(f"betas has shape {list(betas.shape)}, not [T] with T >= 1")
         super().__init__(_log_snr_of_betas(betas))
@@ -283,7 +283,7 @@ class LinearSchedule(TableSchedule):
             raise OptionError(
                 f"LinearSchedule(steps={steps}): beta reaches 1 for steps <= 20; take CosineSchedule or LogLinearSchedule"
             )
-        super().__init__(torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64))
+        super().__init__(torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64, device="cpu"))
 
     @property
     def config(self) -> dict[str, object]:
@@ -305,7 +305,8 @@ class CosineSchedule(TableSchedule):
     def __init__(self, steps: int = 1000) -> None:
         # 1 - cos^2 b / cos^2 a, without the difference, which would leave few digits to a small beta
         quarter = math.pi / 2 / 1.008
-        a = (torch.arange(_check_steps(steps), dtype=torch.float64) / steps + 0.008) * quarter
+        steps = _check_steps(steps)
+        a = (torch.arange(steps, dtype=torch.float64, device="cpu") / steps + 0.008) * quarter
         step = quarter / steps
         super().__init__((math.sin(step) * torch.sin(2 * a + step) / torch.cos(a) ** 2).clamp(max=0.999))
 
@@ -329,7 +330,7 @@ class Curve(Schedule):
         super().__init__()
         self.steps = _check_steps(steps, continuous=True)
         if not self.continuous:
-            u = torch.linspace(1, 0, self.steps, dtype=torch.float64).flip(0)
+            u = torch.linspace(1, 0, self.steps, dtype=torch.float64, device="cpu").flip(0)
             self._u = _Table(torch.cat([u[:1], u]))
 
     def curve(self, u: Tensor) -> Tensor:
@@ -514,7 +515,7 @@ class RespacedSchedule(Schedule):
         self.base, self.steps, self.event_dim = base, len(kept), base.event_dim
         self.kept: list[Any] = kept
         dtype = torch.float64 if base.continuous else torch.int64
-        self._kept = _Table(torch.tensor([kept[0], *kept], dtype=dtype))
+        self._kept = _Table(torch.tensor([kept[0], *kept], dtype=dtype, device="cpu"))
 
     def log_snr(self, t: int | Tensor) -> Tensor:
         """See :meth:`Schedule.log_snr`."""
@@ -568,7 +569,7 @@ def kept_times(spec: str | int | Sequence[float]) -> list[float]:
     match = re.fullmatch(r"(?:ddim)?(\d{1,9})", str(spec))
     if match is None or int(match[1]) < 1 or isinstance(spec, bool):
         raise OptionError(f"respacing {spec!r} of continuous time is not N, 'N', 'ddimN' or a list of times in [0, 1]")
-    return torch.linspace(1, 0, int(match[1]), dtype=torch.float64).flip(0).tolist()
+    return torch.linspace(1, 0, int(match[1]), dtype=torch.float64, device="cpu").flip(0).tolist()
 
 
 _CLASSES = (TableSchedule, LinearSchedule, CosineSchedule, LogLinearSchedule, LearnedSchedule)

@@ -99,13 +99,13 @@ class ImportanceSampler:
         if history < 1 or not 0 < uniform_share <= 1:
             raise OptionError(f"history={history!r} must be at least 1 and uniform_share={uniform_share!r} in (0, 1]")
         self.steps, self.history, self.uniform_share = steps, history, uniform_share
-        self._losses = torch.zeros(steps, history, dtype=torch.float64)
-        self._seen = torch.zeros(steps, dtype=torch.int64)
+        self._losses = torch.zeros(steps, history, dtype=torch.float64, device="cpu")
+        self._seen = torch.zeros(steps, dtype=torch.int64, device="cpu")
 
     @property
     def probabilities(self) -> Tensor:
         """p(t) for t = 1..T: float64 ``[T]``, summing to 1."""
-        uniform = torch.full((self.steps,), 1 / self.steps, dtype=torch.float64)
+        uniform = torch.full((self.steps,), 1 / self.steps, dtype=torch.float64, device="cpu")
         if (self._seen < self.history).any():
             return uniform
         p = self._losses.square().mean(1).sqrt()

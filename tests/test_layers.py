@@ -129,6 +129,47 @@ def test_misplaced_imports_are_found(here: str, source: str):
     assert len(misplaced_imports(source, here, ["pyrodiff"])) == 1
 
 
+# What makes a tensor of numbers: on torch's default device, unless it is told where.  Parameters and buffers follow that
+# default, as torch.nn's do; anything else would be on the CPU in most tests, and elsewhere for those who set another default.
+MAKERS = {*"arange empty eye full linspace logspace ones rand randint randn randperm tensor zeros".split()}
+MODULE_STATE = {"Parameter", "PyroParam", "register_buffer"}
+
+
+def without_a_device(source: str) -> list[str]:
+    """Calls that make a tensor, and do not say where, outside of the constructors of modules."""
+
+    def walk(node: ast.AST) -> Iterator[ast.Call]:
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}:
+            if not any(keyword.arg == "device" for keyword in node.keywords):
+                yield node
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in MODULE_STATE:
+            return
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child)
+
+    return [f"line {call.lineno}: {ast.unparse(call)}" for call in walk(ast.parse(source))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_tensor_is_made_where_it_says(path: Path):
+    found = without_a_device(path.read_text("utf-8"))
+    assert found == []  # device=x0.device, device="cpu", x0.new_zeros(...)
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("torch.zeros(3)", 1),
+        ("torch.zeros(torch.arange(3).sum(), device=x.device)", 1),
+        ("torch.rand(3, device='cpu') + x.new_zeros(3) + torch.full_like(x, 2.0)", 0),
+        ("self.scale = nn.Parameter(torch.zeros(3))", 0),
+        ("self.register_buffer('scale', torch.zeros(3))", 0),
+    ],
+)
+def test_tensors_made_anywhere_are_found(source: str, count: int):
+    assert len(without_a_device(source)) == count
+
+
 @pytest.mark.parametrize(
     "here, source",
     [

@@ -207,11 +207,11 @@ def band(simulations: int, draws: int, alpha: float = 0.05) -> tuple[Tensor, Ten
     low, high = 0.0, 1.0
     for _ in range(50):  # the largest statistic that is rejected: its p-value is at most alpha
         middle = (low + high) / 2
-        rejected = float(_false_alarm(tails, torch.tensor([middle], dtype=torch.float64))) <= alpha
+        rejected = float(_false_alarm(tails, torch.tensor([middle], dtype=torch.float64, device="cpu"))) <= alpha
         low, high = (middle, high) if rejected else (low, middle)
     within = tails > low * TIE
-    counts = torch.arange(simulations + 1)
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    counts = torch.arange(simulations + 1, device="cpu")
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
     lowest = torch.where(within, counts, simulations).amin(1).double() / simulations
     highest = torch.where(within, counts, 0).amax(1).double() / simulations
     return torch.cat([ends[:1], lowest, ends[1:]]), torch.cat([ends[:1], highest, ends[1:]])
@@ -266,20 +266,20 @@ def _fitted(truth: Mapping[str, Tensor], draws: Mapping[str, Tensor]) -> tuple[T
 
 def _tails(simulations: int, draws: int) -> Tensor:
     """Twice the smaller tail probability of Binomial(S, k / (L + 1)) at each count, ``[L, S + 1]``."""
-    share = torch.arange(1, draws + 1, dtype=torch.float64)[:, None] / (draws + 1)
+    share = torch.arange(1, draws + 1, dtype=torch.float64, device="cpu")[:, None] / (draws + 1)
     law = torch.distributions.Binomial(simulations, share, validate_args=False)
-    mass = law.log_prob(torch.arange(simulations + 1, dtype=torch.float64)).exp()
+    mass = law.log_prob(torch.arange(simulations + 1, dtype=torch.float64, device="cpu")).exp()
     return 2 * torch.minimum(mass.cumsum(1), mass.flip(1).cumsum(1).flip(1))
 
 
 def _false_alarm(tails: Tensor, least: Tensor) -> Tensor:
     """The probability that the least tail probability of uniform ranks is ``least`` ``[Q]``, or less."""
     draws, simulations = tails.shape[0], tails.shape[1] - 1
-    counts = torch.arange(simulations + 1, dtype=torch.float64)
-    rate = torch.tensor(simulations / (draws + 1), dtype=torch.float64)
+    counts = torch.arange(simulations + 1, dtype=torch.float64, device="cpu")
+    rate = torch.tensor(simulations / (draws + 1), dtype=torch.float64, device="cpu")
     size = 1 << (2 * simulations).bit_length()  # convolutions of this length do not wrap round
     increment = torch.fft.rfft((counts * rate.log() - rate - torch.lgamma(counts + 1)).exp(), size)
-    walk = torch.zeros(len(least), simulations + 1, dtype=torch.float64)
+    walk = torch.zeros(len(least), simulations + 1, dtype=torch.float64, device="cpu")
     walk[:, 0] = 1
 
     def step(walk: Tensor) -> Tensor:

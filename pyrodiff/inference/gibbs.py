@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from tqdm.auto import tqdm
 
+from .._tensor import like_of
 from ..diffusion import GaussianDiffusion
 from ..errors import DataError, OptionError, ProgramError
 from .observe import observation, unobserved
@@ -118,8 +119,8 @@ def particle_gibbs(
         )
     started = time.perf_counter()
     if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    like = next(diffusion.net.parameters(), torch.zeros(()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
+    like = like_of(diffusion.net)
     generator = torch.Generator().manual_seed(seed)
     with poutine.seed(rng_seed=seed % 2**32):
         trace, other = (poutine.trace(program).get_trace(like.new_zeros(1, *diffusion.event_shape)) for _ in range(2))
@@ -170,7 +171,7 @@ def particle_gibbs(
             state = slice_sample(log_joint, state, generator)
         given, _volume = constrained(state)
         likelihood = observation(poutine.block(poutine.condition(program, data=given), hide=list(given)))
-        own_seed = int(torch.randint(2**62, (), generator=generator))
+        own_seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         options = {} if twist is None else {"twist": twist(given)}
         moves, source = prepare(
             diffusion, likelihood, particles, proposal, options, steps, own_seed, 1, batch_size, cond
@@ -216,7 +217,7 @@ def slice_sample(log_density: Callable[[Tensor], float], x: Tensor, generator: t
         return log_density(moved)
 
     def uniform() -> float:
-        return float(torch.rand((), dtype=torch.float64, generator=generator))
+        return float(torch.rand((), dtype=torch.float64, generator=generator, device="cpu"))
 
     for i in range(len(x)):
         here = float(x[i])

@@ -101,7 +101,7 @@ def class_label(classifier: NoisyClassifier, y: int) -> tuple[Likelihood, Twist]
         >>> log_likelihood, twist = class_label(classifier, 3)
         >>> posterior = smc(diffusion, log_likelihood, 500, twist=twist)
     """
-    classifier.check_labels("class_label", torch.tensor([y]), 1)
+    classifier.check_labels("class_label", torch.tensor([y], device="cpu"), 1)
     schedule = classifier.schedule
 
     def log_likelihood(x0: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def _walk(T: int, jump: int, times: int) -> Iterator[int]:
 def _unweighted(method: str, x: Tensor, evaluations: int, steps: int, started: float, why: str) -> Posterior:
     """Samples that nothing weighs."""
     wild = int((~x.isfinite()).flatten(1).any(1).sum())
-    none = torch.full((1, steps + 1), math.nan, dtype=torch.float64)
+    none = torch.full((1, steps + 1), math.nan, dtype=torch.float64, device="cpu")
     return Posterior(
         method=method,
         particles=x[None],

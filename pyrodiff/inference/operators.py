@@ -184,8 +184,11 @@ def downsample(event_shape: Sequence[int], factor: int) -> LinearOperator:
     sides = _sides(event_shape)
     if factor < 1 or any(side % factor for side in sides):
         raise OptionError(f"factor={factor!r} does not divide the sides {list(sides)}")
-    block = torch.full((1, factor), 1 / factor, dtype=torch.float64)
-    return separable(event_shape, *(torch.kron(torch.eye(side // factor).double(), block) for side in sides))
+    block = torch.full((1, factor), 1 / factor, dtype=torch.float64, device="cpu")
+    return separable(
+        event_shape,
+        *(torch.kron(torch.eye(side // factor, dtype=torch.float64, device="cpu"), block) for side in sides),
+    )
 
 
 def _sides(event_shape: Sequence[int]) -> tuple[int, ...]:

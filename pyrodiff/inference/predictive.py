@@ -253,7 +253,7 @@ def _computed(name: str, site: Mapping[str, Any], n: int, dim: int) -> Plated:
 
 def _log_prob(trace: Trace, n: int, nesting: int) -> Tensor:
     """Of all sites, for each of n draws; float64."""
-    total = torch.zeros(n, dtype=torch.float64)
+    total = torch.zeros(n, dtype=torch.float64, device="cpu")
     for name, site in trace.nodes.items():
         if site["type"] != "sample":
             continue

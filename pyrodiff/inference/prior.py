@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.types import _size
 
-from .._tensor import batch_dims, check_event
+from .._tensor import batch_dims, check_event, like_of
 from ..diffusion import GaussianDiffusion
 from ..errors import OptionError, ProgramError, ShapeError, check_option
 from ..likelihood.flow import RUNGE_KUTTA, decode, encode, log_density
@@ -118,7 +118,7 @@ class DiffusionPrior(TorchDistribution):
 
         The batch shape is that of the values, broadcast: left of the event dims that the network declares for them.
         """
-        device = next(self.diffusion.net.parameters(), torch.zeros(())).device
+        device = like_of(self.diffusion.net).device
         tensors = self.cond | {name: torch.as_tensor(value, device=device) for name, value in cond.items()}
         batches = [tensors[name].shape[:n] for name, n in batch_dims(self.diffusion.net, tensors).items()]
         new = copy.copy(self)
@@ -174,7 +174,7 @@ class DiffusionPrior(TorchDistribution):
     @property
     def noise(self) -> TorchDistribution:
         """N(0, 1), of this law's shapes."""
-        like = next(self.diffusion.net.parameters(), torch.zeros(()))
+        like = like_of(self.diffusion.net)
         zero = torch.zeros(self.shape(), dtype=like.dtype, device=like.device)
         return Normal(zero, 1.0).to_event(self.event_dim)
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._tensor import batch_dims
+from .._tensor import batch_dims, like_of
 from ..diffusion import GaussianDiffusion
 from ..errors import DataError, OptionError, ProgramError, ShapeError, check_option
 from ..likelihood.importance import effective_chains, pareto_k
@@ -248,7 +248,7 @@ def prepare(
     for name, number in (("particles", particles), ("repeats", repeats), ("batch_size", batch_size)):
         if number < 1:
             raise OptionError(f"{name}={number!r} is not at least 1")
-    like = next(diffusion.net.parameters(), torch.zeros(()))
+    like = like_of(diffusion.net)
     if isinstance(log_likelihood, LinearGaussian):
         if log_likelihood.y.device != like.device:
             raise DataError(f"y is on {log_likelihood.y.device} and the network on {like.device}: move y")
@@ -272,7 +272,7 @@ def prepare(
         )
     kernel = diffusion.reverse_kernel if steps is None else diffusion.reverse_kernel.respace(steps)
     if seed is None:
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
     generator = torch.Generator(like.device).manual_seed(seed)
     moves = PROPOSALS[proposal](kernel, log_likelihood, cond, **options)
     return moves, Source(like.detach().new_zeros(()).expand(repeats * particles, *diffusion.event_shape), generator)

@@ -116,16 +116,16 @@ def steps_bias(
     shape = (repeats, len(x), timesteps or between)
     cond, noise = prior.rows(x.shape[:1]), seeded(seed, x)
     uniform = torch.Generator().manual_seed(seed + 1)  # another one: of one seed the numbers would be of the same bits
-    offset = torch.rand(repeats, len(x), 1, dtype=torch.float64, generator=uniform)
-    t = ((torch.arange(shape[-1]) + offset) / shape[-1] * between).long().clamp(max=between - 1) + 2
-    rows = torch.arange(len(x))[:, None].expand(shape).flatten()
+    offset = torch.rand(repeats, len(x), 1, dtype=torch.float64, generator=uniform, device="cpu")
+    t = ((torch.arange(shape[-1], device="cpu") + offset) / shape[-1] * between).long().clamp(max=between - 1) + 2
+    rows = torch.arange(len(x), device="cpu")[:, None].expand(shape).flatten()
     found = []
     with diffusion.evaluating(), torch.no_grad():
         for row, at in zip(rows.split(batch_size), t.flatten().split(batch_size), strict=True):
             here, given = x[row], take_rows(diffusion.net, cond, row, len(x))
             eps = noise(here)
             below, above = schedule.log_snr(at).exp(), schedule.log_snr(at - 1).exp()
-            snr = torch.lerp(below, above, torch.rand(len(row), dtype=torch.float64, generator=uniform))
+            snr = torch.lerp(below, above, torch.rand(len(row), dtype=torch.float64, generator=uniform, device="cpu"))
             kl = draws.steps(diffusion, here, at.to(x.device), lambda like, eps=eps: eps, **given).analytic  # type: ignore[misc]
             error = denoising_error(diffusion, here, snr.log().to(x.device), lambda like, eps=eps: eps, **given)  # type: ignore[misc]
             found.append(kl - error / snr * (above - below))

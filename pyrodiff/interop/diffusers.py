@@ -239,11 +239,11 @@ def save(path: str | os.PathLike[str], diffusion: GaussianDiffusion) -> None:
     scheduler = _scheduler_config(diffusion)
     config = _unet_config(net, diffusion)
     state = {key: value.detach().cpu() for key, value in _theirs(net).items()}
-    log_snr = diffusion.schedule.log_snr(torch.arange(1, diffusion.steps + 1)).detach().float()
+    log_snr = diffusion.schedule.log_snr(torch.arange(1, diffusion.steps + 1, device="cpu")).detach().float()
     with torch.no_grad():
         embedding = net.embedding
         features = embedding.time_features(log_snr, log_snr.to(embedding.hidden.weight.device)).float().cpu()
-    index = torch.arange(diffusion.steps)
+    index = torch.arange(diffusion.steps, device="cpu")
     if net.config["time_embedding"] != "index" or not torch.equal(
         features, index_features(index, embedding.features, embedding.index_shift)
     ):
@@ -307,13 +307,15 @@ def _schedule(config: dict[str, Any]) -> Schedule:
         return CosineSchedule(steps)
     start, end = float(config["beta_start"]), float(config["beta_end"])
     if kind == "linear":
-        betas = torch.linspace(start, end, steps, dtype=torch.float64)
+        betas = torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
         if steps > 20 and torch.equal(betas, LinearSchedule(steps).betas):
             return LinearSchedule(steps)
         return TableSchedule(betas)
     if kind == "scaled_linear":
-        return TableSchedule(torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2)
-    return TableSchedule(torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start)
+        return TableSchedule(torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64, device="cpu") ** 2)
+    return TableSchedule(
+        torch.linspace(-6, 6, steps, dtype=torch.float64, device="cpu").sigmoid() * (end - start) + start
+    )
 
 
 def _scheduler_config(diffusion: GaussianDiffusion) -> dict[str, Any]:
@@ -416,7 +418,7 @@ def _arguments(config: dict[str, Any], schedule: Schedule) -> dict[str, Any]:
         "middle_attention": middle,
         "downsample_padding": "both" if config["downsample_padding"] else "after",
         "time_embedding": "learned" if learned else "index",
-        "log_snr_table": schedule.log_snr(torch.arange(1, steps + 1)).tolist(),
+        "log_snr_table": schedule.log_snr(torch.arange(1, steps + 1, device="cpu")).tolist(),
         "index_shift": 0 if learned else config["freq_shift"],
     }
 

@@ -322,7 +322,7 @@ def card_of(diffusion: GaussianDiffusion) -> Card:
         in_channels=config["channels"],
         num_classes=1000 if net.embedding.label is None else net.embedding.label.num_embeddings,
     )
-    table = schedule.log_snr(torch.arange(1, schedule.steps + 1)).tolist()
+    table = schedule.log_snr(torch.arange(1, schedule.steps + 1, device="cpu")).tolist()
     if not math.isclose(config["index_step"], card.index_step) or config["log_snr_table"] not in (None, table):
         raise OptionError("guided-diffusion cannot hold a network with steps other than those of the schedule")
     return card
@@ -355,7 +355,7 @@ def _net(card: Card) -> UNet:
     """The network that a card describes, without memory."""
     arguments = unet_arguments(**card.unet)
     arguments["low_res_channels"] = 0 if card.small_size is None else card.in_channels
-    table = card.schedule.log_snr(torch.arange(1, card.diffusion_steps + 1)).tolist()
+    table = card.schedule.log_snr(torch.arange(1, card.diffusion_steps + 1, device="cpu")).tolist()
     with torch.device("meta"):
         return UNet(**arguments, log_snr_table=table, index_step=card.index_step)
 
@@ -363,7 +363,7 @@ def _net(card: Card) -> UNet:
 def _classifier(card: ClassifierCard) -> Classifier:
     """The classifier that a card describes, without memory."""
     factors = [card.image_size // size for size in card.classifier_attention_resolutions]
-    table = card.schedule.log_snr(torch.arange(1, card.diffusion_steps + 1)).tolist()
+    table = card.schedule.log_snr(torch.arange(1, card.diffusion_steps + 1, device="cpu")).tolist()
     with torch.device("meta"):
         return Classifier(
             card.in_channels,

@@ -102,7 +102,7 @@ class Design(NamedTuple):
 
     def steps(self, u: Tensor) -> Tensor:
         """Systematic sampling: the timesteps of offsets ``u`` in [0, 1): int64 ``[*u.shape, c]``, values in 1..T."""
-        points = (u[..., None] + torch.arange(self.c)) / self.c
+        points = (u[..., None] + torch.arange(self.c, device="cpu")) / self.c
         return torch.searchsorted(self.p.cumsum(0), points, right=True).clamp(max=len(self.p) - 1) + 1
 
     def estimate(self, t: Tensor, term: Tensor, h: Tensor) -> Tensor:
@@ -495,7 +495,7 @@ def _between_offsets(design: Design, curves: Tensor) -> float:
         curves: the terms less the mean curve, ``[R, M, T]``; noise is not shared between the R = 2, so that their product
             has none.
     """
-    t = design.steps((torch.arange(32, dtype=torch.float64) + 0.5) / 32)
+    t = design.steps((torch.arange(32, dtype=torch.float64, device="cpu") + 0.5) / 32)
     a, b = (curves[..., t - 1] / (design.c * design.p[t - 1])).sum(-1)
     return ((a * b).mean(-1) - a.mean(-1) * b.mean(-1)).mean().clamp(min=0).item()
 

@@ -199,11 +199,11 @@ def compare_estimators(
 def _ledger(diffusion: GaussianDiffusion, chains: Draws) -> ELBOTerms:
     """Chains as the ledger has them."""
     T = diffusion.steps
-    t = torch.arange(2, T + 1)
+    t = torch.arange(2, T + 1, device="cpu")
     analytic, log_ratio = ((z[..., -1], z[..., 1:-1], z[..., 0]) for z in chains.terms)
     repeats, batch, _ = chains.terms.analytic.shape
     draws = {"analytic": analytic, "monte_carlo": log_ratio}
-    ones = torch.ones(len(t), dtype=torch.float64)
+    ones = torch.ones_like(t, dtype=torch.float64)
     return ELBOTerms("analytic", diffusion.event_shape.numel(), t, ones, draws, repeats * batch * T)
 
 

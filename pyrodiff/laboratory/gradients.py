@@ -292,7 +292,7 @@ def questions(
     found = []
     upstream = frozenset(groups) - {"net"}
     if timesteps is None:
-        timesteps = torch.linspace(1, steps, 6).round().long().unique().tolist()
+        timesteps = torch.linspace(1, steps, 6, device="cpu").round().long().unique().tolist()
     for t in timesteps:
         # L_{t-1} alone: neither L_T nor, at t = 1, the masked x_s, whose score would be noise.
         one_step = bound(["x_T", "x_s"] if t == 1 else ["x_T"], t)
@@ -545,7 +545,7 @@ def _measure(
             known = None if exact is None else exact(question.where, question.t, group)
             if known is not None:
                 truth[group] = along = known.detach().flatten().double().cpu()
-            signs = torch.randint(0, 2, (DIRECTIONS - 1, len(along)), generator=generator) * 2 - 1
+            signs = torch.randint(0, 2, (DIRECTIONS - 1, len(along)), generator=generator, device="cpu") * 2 - 1
             directions[group] = torch.cat([along[None], signs.double()])
     for estimator in able:
         for r in range(estimator.warm_up):

@@ -254,13 +254,13 @@ def _importance(terms: Terms) -> Tensor:
 
 def _spread(rows: int, batch: int, count: int, generator: torch.Generator) -> Tensor:
     """Per repeat, batch * count even points of [0, 1) with one random offset, ``[R, B, C]``: even for each example too."""
-    points = torch.arange(batch * count, dtype=torch.float64).reshape(count, batch).T / (batch * count)
-    order = torch.rand(rows, batch, generator=generator).argsort(1)
-    return (points[order] + torch.rand(rows, 1, 1, dtype=torch.float64, generator=generator)) % 1
+    points = torch.arange(batch * count, dtype=torch.float64, device="cpu").reshape(count, batch).T / (batch * count)
+    order = torch.rand(rows, batch, generator=generator, device="cpu").argsort(1)
+    return (points[order] + torch.rand(rows, 1, 1, dtype=torch.float64, generator=generator, device="cpu")) % 1
 
 
 def _random(rows: int, batch: int, count: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(rows, batch, count, dtype=torch.float64, generator=generator)
+    return torch.rand(rows, batch, count, dtype=torch.float64, generator=generator, device="cpu")
 
 
 # How timesteps are drawn: from which law, and whether spread evenly over the batch.
@@ -354,12 +354,12 @@ def sampled_terms(
     found: list[Terms] = []
     last: list[Terms] = []
     with diffusion.evaluating(), torch.no_grad():
-        index = torch.arange(rows * batch * count) // count % batch
+        index = torch.arange(rows * batch * count, device="cpu") // count % batch
         for part, of_t in zip(index.split(batch_size), t.flatten().split(batch_size), strict=True):
             part_cond = take_rows(diffusion.net, cond, part, batch)
             found.append(lab.steps(diffusion, x0[part], of_t.to(x0.device), noise, **part_cond))
             advance(len(part))
-        for part in (torch.arange(rows * batch) % batch).split(batch_size):
+        for part in (torch.arange(rows * batch, device="cpu") % batch).split(batch_size):
             last.append(lab.prior(diffusion, x0[part], noise)[1])
     columns = [torch.cat(z).reshape(rows, batch, count) for z in zip(*found, strict=True)]
     priors = [torch.cat(z).reshape(rows, batch, 1) for z in zip(*last, strict=True)]
@@ -377,7 +377,7 @@ def _forward_order(
     with scope, torch.random.fork_rng(), diffusion.evaluating(), torch.no_grad(), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.simplefilter("ignore", UserWarning)  # Pyro's, about the order
-        for part in (torch.arange(repeats * len(x0)) % len(x0)).split(batch_size):
+        for part in (torch.arange(repeats * len(x0), device="cpu") % len(x0)).split(batch_size):
             rows = take_rows(diffusion.net, cond, part, len(x0))
             guide = poutine.trace(diffusion.noising).get_trace(x0[part], **rows)
             model = poutine.trace(poutine.replay(diffusion.model, trace=guide)).get_trace(x0[part], **rows)
@@ -492,7 +492,7 @@ def by_timestep(diffusion: GaussianDiffusion, drawn: Draws) -> pandas.DataFrame:
     analytic, log_ratio = drawn.terms
     repeats, examples, columns = analytic.shape
     T = columns - 1
-    t = torch.arange(1, T + 1)
+    t = torch.arange(1, T + 1, device="cpu")
     log_snr = diffusion.schedule.log_snr(t).detach().double().cpu()
     log_snr = log_snr.flatten(1).mean(1) if log_snr.dim() > 1 else log_snr
     t, log_snr = torch.cat([t, t[-1:]]), torch.cat([log_snr, log_snr[-1:]])

@@ -103,7 +103,7 @@ def flow_bound(
         raise OptionError(f'dequantisation={dequantisation!r} fills bins, and bins=None has none; take "decoder"')
     p.check_grid("x0", x0)
     if seed is None:
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
     with torch.no_grad():
         u = _uniforms(seed, (len(x0), repeats, samples, *diffusion.event_shape)).to(x0.device)
         scale = (-0.5 * diffusion.schedule.log_snr(diffusion.schedule.first)).exp().item()

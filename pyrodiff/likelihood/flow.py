@@ -217,7 +217,7 @@ def _vectors(probes: int | Tensor | None, x: Tensor, seed: int | None) -> Tensor
     if probes < 1:
         raise OptionError(f"probes={probes!r} is not None (the exact divergence), at least 1, or a tensor")
     if seed is None:
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
     shape = (probes, 1, *x.shape[1:])
     signs = [2.0 * np.random.default_rng([seed % 2**64, i]).integers(0, 2, shape) - 1 for i in range(len(x))]
     return torch.from_numpy(np.stack(signs, axis=2)).to(x.device)

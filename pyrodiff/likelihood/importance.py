@@ -189,7 +189,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     count = len(log_weights)
     tail = math.ceil(min(count / 5, 3 * math.sqrt(count)))
     if count < LEAST:
-        return torch.full(log_weights.shape[1:], math.nan, dtype=torch.float64)
+        return log_weights.new_full(log_weights.shape[1:], math.nan, dtype=torch.float64)
     largest = log_weights.double().sort(0).values[-tail - 1 :]
     weights = (largest - largest[-1]).exp()
     x = weights[1:] - weights[0]  # increasing

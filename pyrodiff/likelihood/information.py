@@ -152,10 +152,10 @@ def information(
         density = Density.uniform(low, high)
         if pilot:
             rows = torch.from_numpy(choice.integers(batch, size=(BINS, pilot)))
-            log_snr, _ = density.draw((torch.arange(BINS)[:, None] + uniform(BINS, pilot)) / BINS)
+            log_snr, _ = density.draw((torch.arange(BINS, device="cpu")[:, None] + uniform(BINS, pilot)) / BINS)
             density = density.fitted(errors(rows, log_snr))
-        rows = torch.arange(batch).repeat(repeats)
-        log_snr, at = density.draw((torch.arange(points) + uniform(repeats, batch, 1)) / points)
+        rows = torch.arange(batch, device="cpu").repeat(repeats)
+        log_snr, at = density.draw((torch.arange(points, device="cpu") + uniform(repeats, batch, 1)) / points)
         e = errors(rows.repeat_interleave(points), log_snr)
         reconstruction = each(
             rows, torch.ones_like(rows), lambda *a, **k: draws.steps(diffusion, *a, **k).analytic
@@ -221,8 +221,8 @@ class Density(NamedTuple):
     @classmethod
     def uniform(cls, low: float, high: float) -> Density:
         """Between two log-SNRs."""
-        edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
-        return cls(edges, torch.full((BINS,), 1 / (high - low), dtype=torch.float64))
+        edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64, device="cpu")
+        return cls(edges, torch.full((BINS,), 1 / (high - low), dtype=torch.float64, device="cpu"))
 
     def fitted(self, errors: Tensor) -> Density:
         """In proportion to the root mean square of draws in each bin, ``[G, n]``, and a share of the uniform density."""

@@ -167,7 +167,7 @@ def flow(
         dims=diffusion.event_shape.numel(),
         network_evaluations=found.network_evaluations,
         seconds=found.seconds,
-        diagnostics={"vector_jacobian_products": torch.tensor(found.vector_jacobian_products)},
+        diagnostics={"vector_jacobian_products": torch.tensor(found.vector_jacobian_products, device="cpu")},
         warnings=cautions(diffusion) if dequantisation == "decoder" else (),
     )
 

@@ -382,9 +382,9 @@ def _read_path(path: str, seed: int, levels: int | None) -> tuple[_Examples, Seq
         pieces = _read_npz(path, levels)
         data, sizes = _join(pieces, where)
         if len(sizes) == 3:
-            return data, torch.arange(sum(sizes)).split(sizes)
+            return data, torch.arange(sum(sizes), device="cpu").split(sizes)
         if len(sizes) == 2:
-            test = torch.arange(sizes[0], sum(sizes))
+            test = torch.arange(sizes[0], sum(sizes), device="cpu")
             return data, [*_random_split(sizes[0], seed, 1, where), test]
     elif suffix in _SUFFIXES:
         raise DataError(f"{where} is one image: give the folder of images")
@@ -485,7 +485,7 @@ def _read_mnist(name: str, data_dir: str | None) -> tuple[_Examples, Sequence[Te
     data, (train, test) = _join(pieces, repr(folder))
     if train <= 5000:
         raise DataError(f"{paths[0]!r} holds {train} images: the last 5000 are for validation")
-    return data, torch.arange(train + test).split([train - 5000, 5000, test])
+    return data, torch.arange(train + test, device="cpu").split([train - 5000, 5000, test])
 
 
 def _read_idx(path: str, ndim: int) -> np.ndarray[Any, Any]:
@@ -566,7 +566,7 @@ def _read_folder(folder: str) -> _Examples:
     if others:
         data = data._replace(note=f", {others} other file{'s' * (others > 1)} ignored")
     if classes:
-        data = data._replace(y=torch.tensor(labels), classes=tuple(classes))
+        data = data._replace(y=torch.tensor(labels, device="cpu"), classes=tuple(classes))
     return data
 
 

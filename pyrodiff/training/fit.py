@@ -299,7 +299,7 @@ class _Order:
 
     def __init__(self, seed: int, size: int, batch_size: int) -> None:
         self.seed, self.size, self.batch_size = seed, size, batch_size
-        self.epoch, self.permutation = -1, torch.empty(0, dtype=torch.int64)
+        self.epoch, self.permutation = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def batch(self, step: int) -> Tensor:
         epoch, i = divmod(step, self.size // self.batch_size)
@@ -594,7 +594,7 @@ class _Run:
         """Refuse what this run could not have saved, before any of it is used."""
         weights, moments = self.diffusion.state_dict(), tree["optimizer"]["state"]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        step = torch.zeros(())
+        step = torch.zeros((), device="cpu")
         own = {
             "weights": weights,
             "best_weights": {} if tree["best_weights"] is None else weights,

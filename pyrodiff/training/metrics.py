@@ -140,7 +140,7 @@ def fit_classifier(
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, cycle_momentum=False)
     with torch.enable_grad():
         for _ in range(steps):
-            rows = torch.randint(len(x), (batch_size,), generator=order).to(x.device)
+            rows = torch.randint(len(x), (batch_size,), generator=order, device="cpu").to(x.device)
             loss = F.cross_entropy(net(x[rows]), y[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
