@@ -500,7 +500,7 @@ def test_timesteps(batch, T, seed):
 
 @covers(
     "_tensor.append_dims", "_tensor.batch_dims", "_tensor.check_event", "_tensor.in_parts", "_tensor.is_out_of_memory",
-    "_tensor.sum_event", "_tensor.take_rows",
+    "_tensor.like_of", "_tensor.sum_event", "_tensor.take_rows",
 )  # fmt: skip
 @some(25)
 @given(EVENTS, BATCHES, DTYPES, SEEDS)
@@ -514,6 +514,8 @@ def test_shapes(event, batch, dtype, seed):
     _tensor.check_event("x", x, torch.Size(event))
     with pytest.raises(pyrodiff.errors.ShapeError):
         _tensor.check_event("x", x, torch.Size((*event, 7)))
+    assert _tensor.like_of(nn.Linear(2, 2, dtype=dtype)).dtype == dtype
+    assert _tensor.like_of(nn.Identity()).dtype == torch.get_default_dtype()
     cond = {"y": torch.arange(batch), "all": torch.tensor(1.0), "kind": "a"}
     assert _tensor.batch_dims(nn.Identity(), cond) == {"y": 1, "all": 0}
     rows = _tensor.take_rows(nn.Identity(), cond, slice(0, 1), batch)

@@ -122,8 +122,7 @@ class Rows:
         shape = tuple(like.shape if isinstance(like, Tensor) else like)
         dim = len(shape) - len(self.event) - 1
         self.calls += 1
-        generator = torch.Generator().manual_seed(self.calls)
-        full = torch.randn(*shape[:dim], self.batch, *self.event, dtype=F64, generator=generator)
+        full = torch.randn(*shape[:dim], self.batch, *self.event, dtype=F64, generator=generator(self.calls))
         return full if self.i is None else full.narrow(dim, self.i, 1)
 
 
@@ -283,7 +282,7 @@ def programs(batch, event):
 
 
 def generator(seed):
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 @check("elbo.elbo_terms", "elbo.bits_per_dim", "elbo.TraceMeanField_ELBO")
@@ -632,6 +631,7 @@ EXEMPT = {
     "_tensor.batch_dims": "counts dims",
     "_tensor.check_event": "returns nothing",
     "_tensor.is_out_of_memory": "of an error",
+    "_tensor.like_of": "of a network",
     "_tensor.seed_everything": "returns nothing",
     "_tensor.seeded": "returns nothing",
     "diffusion.OBJECTIVES": "GaussianDiffusion's",
@@ -774,9 +774,8 @@ def test_every_public_name_is_checked_or_has_a_reason(figure):
 FUNCTIONS = {function: name for name, (_, function) in reversed(CHECKS.items())}  # a check of several names runs once
 
 
-@pytest.mark.reliability("Q9")
-@pytest.mark.parametrize("name", sorted(FUNCTIONS.values()))
-def test_a_batch_is_its_examples(name, figure):
+def differences(name: str) -> Iterator[float]:
+    """For each size, how far a whole batch is from a loop over its examples."""
     sizes, function = CHECKS[name]
     for batch, event in sizes:
         whole, one = function(batch, event)
@@ -793,8 +792,22 @@ def test_a_batch_is_its_examples(name, figure):
             off = (together.double() - apart.double()).abs()
             same = together == apart  # infinities
             worst = max(worst, off.masked_fill(same, 0).max().item() if off.numel() else 0.0)
+        yield worst
+
+
+@pytest.mark.reliability("Q9")
+@pytest.mark.parametrize("name", sorted(FUNCTIONS.values()))
+def test_a_batch_is_its_examples(name, figure):
+    for worst in differences(name):
         figure("Q9", "difference from a loop over examples", worst, at_most=1e-6)
         figure.count("Q9", "functions x sizes", 1, at_least=150)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(FUNCTIONS.values()))
+def test_every_public_function_runs_on_cuda(name):
+    with torch.device("cuda"):  # the tests' tensors are there; the library has to follow them
+        assert max(differences(name)) < 1e-4  # float32 networks of another batch size
 
 
 def test_a_broadcast_from_the_right_would_be_seen():
