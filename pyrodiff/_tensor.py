@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from .errors import OutOfMemoryError, ShapeError
 
 __all__ = [
     "append_dims", "batch_dims", "check_event", "in_parts", "is_out_of_memory", "like_of", "seed_everything", "seeded", "sum_event",
-    "take_rows",
+    "take_rows", "to_network",
 ]  # fmt: skip
 
 
@@ -48,6 +49,16 @@ def batch_dims(net: nn.Module, cond: dict[str, Any]) -> dict[str, int]:
     """How many batch dims each tensor of ``cond`` has: those left of the event dims that the network declares."""
     event_dims = getattr(net, "cond_event_dims", {})
     return {k: max(0, v.dim() - event_dims.get(k, 0)) for k, v in cond.items() if isinstance(v, Tensor)}
+
+
+def to_network(net: nn.Module, x: Tensor, cond: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Data and conditioning values, moved to the network if they lie elsewhere: ``fit`` may have taken it to a GPU."""
+    like = next(itertools.chain(net.parameters(), net.buffers()), None)
+
+    def move(value: Any) -> Any:
+        return value.to(like.device) if isinstance(value, Tensor) and like is not None else value
+
+    return move(x), {name: move(value) for name, value in cond.items()}
 
 
 def take_rows(net: nn.Module, cond: dict[str, Any], rows: slice | Tensor, n: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ._tensor import check_event, in_parts
+from ._tensor import check_event, in_parts, to_network
 from .diffusion import GaussianDiffusion, Program, register
 from .elbo import Estimate
 from .errors import DataError, OptionError, ProgramError
@@ -152,7 +152,8 @@ class NoisyClassifier(nn.Module):
         self.check_labels("x0", y, len(x0))
         if count < 1 or repeats < 1 or batch_size < 1:
             raise OptionError(f"count={count!r}, repeats={repeats!r} and batch_size={batch_size!r} must be at least 1")
-        found, right = [], 0
+        x0, labels = to_network(self.net, x0, {"y": y})
+        y, found, right = labels["y"], [], 0
         with self.evaluating():
             for _ in range(repeats):
                 rows = []

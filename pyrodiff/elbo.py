@@ -36,7 +36,7 @@ from torch.distributions import kl_divergence
 from torch.distributions.kl import _KL_REGISTRY
 from tqdm.auto import tqdm
 
-from ._tensor import check_event, sum_event, take_rows
+from ._tensor import check_event, sum_event, take_rows, to_network
 from .diffusion import PARTICLES, GaussianDiffusion
 from .errors import OptionError, ProgramError, ShapeError, check_option
 from .schedules import Schedule
@@ -215,7 +215,7 @@ def elbo_terms(
 
     Args:
         diffusion: the model.
-        x0: data, ``[B, *event]``.
+        x0: data, ``[B, *event]``; like ``cond`` moved to the network's device, should it be elsewhere.
         t: None for all timesteps. An integer C: that many per example, low-discrepancy over 2..T, fresh in every
             repeat. A tensor ``[C]`` or ``[B, C]`` of steps in 2..T (then ``weights`` says how they were drawn). The
             reconstruction, t = 1, is always evaluated. Continuous time needs C or a tensor, of floats in (0, 1].
@@ -244,6 +244,7 @@ def elbo_terms(
         t = torch.as_tensor(t) if not isinstance(t, np.integer) else int(t)
     if weights is not None and not isinstance(t, Tensor):
         raise OptionError("weights belong to a tensor t: all timesteps weigh 1, and drawn ones (T - 1) / C")
+    x0, cond = to_network(diffusion.net, x0, cond)
     batch = len(x0)
     columns = _columns(t, diffusion.schedule, batch, weights)
     bar = tqdm(

@@ -119,11 +119,9 @@ def score(
     chain: bool,
     progress: bool,
 ) -> ELBOTerms:
-    """The ledger of ``x0``, ``[B, *event]``, on the model's device; ``timesteps`` 0 is all of them."""
-    device = next(diffusion.parameters()).device
-    options: Any = {k: v.to(device) for k, v in cond.items()}
-    options |= {"chain": chain, "repeats": repeats, "progress": bar(progress)}
-    return elbo_terms(diffusion, x0.to(device), timesteps or None, **options)
+    """The ledger of ``x0``, ``[B, *event]``; ``timesteps`` 0 is all of them."""
+    options: Any = {"chain": chain, "repeats": repeats, "progress": bar(progress), **cond}
+    return elbo_terms(diffusion, x0, timesteps or None, **options)
 
 
 def data_range(diffusion: GaussianDiffusion) -> tuple[float, float]:

@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from ._tensor import append_dims, check_event, like_of, take_rows
+from ._tensor import append_dims, check_event, like_of, take_rows, to_network
 from .diffusion import GaussianDiffusion
 from .distributions import Gaussian
 from .errors import OptionError, ShapeError, check_option
@@ -360,15 +360,16 @@ def invert(
 
     Args:
         diffusion: the model.
-        x0: data, ``[N, *event]``.
+        x0: data, ``[N, *event]``, on any device.
         steps: see :func:`sample`; take the same there.
         batch_size: examples per network call.
         cond: passed to the network, a row per example, or values without batch dim for all.
 
     Returns:
-        x_T, ``[N, *event]``.
+        x_T, ``[N, *event]``, on the network's device.
     """
     check_event("x0", x0, diffusion.event_shape)
+    x0, cond = to_network(diffusion.net, x0, cond)
     p = diffusion.reverse_kernel if steps is None else diffusion.reverse_kernel.respace(steps)
     found = []
     with diffusion.evaluating(), torch.no_grad():

@@ -500,7 +500,7 @@ def test_timesteps(batch, T, seed):
 
 @covers(
     "_tensor.append_dims", "_tensor.batch_dims", "_tensor.check_event", "_tensor.in_parts", "_tensor.is_out_of_memory",
-    "_tensor.like_of", "_tensor.sum_event", "_tensor.take_rows",
+    "_tensor.like_of", "_tensor.sum_event", "_tensor.take_rows", "_tensor.to_network",
 )  # fmt: skip
 @some(25)
 @given(EVENTS, BATCHES, DTYPES, SEEDS)
@@ -518,6 +518,9 @@ def test_shapes(event, batch, dtype, seed):
     assert _tensor.like_of(nn.Identity()).dtype == torch.get_default_dtype()
     cond = {"y": torch.arange(batch), "all": torch.tensor(1.0), "kind": "a"}
     assert _tensor.batch_dims(nn.Identity(), cond) == {"y": 1, "all": 0}
+    assert _tensor.to_network(nn.Identity(), x, cond) == (x, cond)
+    moved, told = _tensor.to_network(nn.Linear(2, 2, device="meta"), x, cond)
+    assert moved.is_meta and told["y"].is_meta and told["kind"] == "a" and not cond["y"].is_meta
     rows = _tensor.take_rows(nn.Identity(), cond, slice(0, 1), batch)
     assert rows["y"].tolist() == [0] and rows["all"] == 1 and cond["y"].shape == (batch,)
 

@@ -632,6 +632,7 @@ EXEMPT = {
     "_tensor.check_event": "returns nothing",
     "_tensor.is_out_of_memory": "of an error",
     "_tensor.like_of": "of a network",
+    "_tensor.to_network": "moves tensors",
     "_tensor.seed_everything": "returns nothing",
     "_tensor.seeded": "returns nothing",
     "diffusion.OBJECTIVES": "GaussianDiffusion's",

@@ -48,7 +48,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import draws
-from .._tensor import check_event, take_rows
+from .._tensor import check_event, take_rows, to_network
 from ..diffusion import GaussianDiffusion
 from ..errors import DataError, OptionError, ShapeError, check_option
 
@@ -203,7 +203,7 @@ def estimate_elbo(
 
     Args:
         diffusion: the model; its network runs in evaluation mode, without gradients.
-        x0: the pool, ``[N, *event]``.
+        x0: the pool, ``[N, *event]``, on any device.
         se: the standard error to reach, in bits per dim.
         over: ``"examples"``: as few images and timesteps as reach ``se_examples``. Each image is used at most once, and none
             of the pilot's, so that they are a random sample of the population that the pool was drawn from. ``"noise"``: all
@@ -239,6 +239,7 @@ def estimate_elbo(
     diffusion.reverse_kernel.check_grid("x0", x0)
     if not x0.isfinite().all():
         raise DataError("x0 holds NaN or infinite values")
+    x0, cond = to_network(diffusion.net, x0, cond)
     choice, stream = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
     dtype = np.float64 if x0.dtype == torch.float64 else np.float32
     unit = diffusion.event_shape.numel() * math.log(2)

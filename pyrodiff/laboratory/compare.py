@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import inference_data, plots
-from .._tensor import check_event
+from .._tensor import check_event, to_network
 from .._version import __version__
 from ..diffusion import GaussianDiffusion
 from ..draws import Draws
@@ -129,7 +129,7 @@ def compare_estimators(
 
     Args:
         diffusion: the model.
-        x0: some examples, ``[B, *event]``; a few are enough.
+        x0: some examples, ``[B, *event]``, on any device; a few are enough.
         exact: minus the exact ELBO of each, nats ``[B]``, where it is known.
         exact_log_prob: log p(x_0) of each under the model, nats ``[B]``, where it is known.
         repeats: draws of every estimator that evaluates all timesteps; those of a few timesteps get a quarter of its network
@@ -158,6 +158,7 @@ def compare_estimators(
     if x0.dim() != len(diffusion.event_shape) + 1 or not len(x0):
         raise ShapeError(f"x0 has shape {list(x0.shape)}, not [B, *{list(diffusion.event_shape)}] with B >= 1")
     diffusion.reverse_kernel.check_grid("x0", x0)
+    x0, cond = to_network(diffusion.net, x0, cond)
     for name, value in (("exact", exact), ("exact_log_prob", exact_log_prob)):
         if value is not None and value.shape != (len(x0),):
             raise ShapeError(f"{name} has shape {list(value.shape)}, not one number per example, [{len(x0)}]")

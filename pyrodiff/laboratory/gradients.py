@@ -63,7 +63,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._tensor import check_event, seeded, take_rows
+from .._tensor import check_event, seeded, take_rows, to_network
 from ..diffusion import GaussianDiffusion
 from ..elbo import TraceMeanField_ELBO
 from ..errors import OptionError, ProgramError, ShapeError
@@ -484,6 +484,8 @@ def compare_gradients(
     """
     import pandas as pd
 
+    if isinstance(x0, Tensor):
+        x0, cond = to_network(diffusion.net, x0, cond)
     groups, source = parameter_groups(diffusion, x0)
     if not groups:
         raise OptionError("nothing to differentiate: neither the diffusion nor x0 has a parameter that requires grad")

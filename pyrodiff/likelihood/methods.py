@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._tensor import to_network
 from ..diffusion import GaussianDiffusion
 from ..elbo import elbo_terms
 from ..errors import OptionError, check_option
@@ -50,7 +51,7 @@ def log_likelihood(
 
     Args:
         diffusion: the model; its network runs in evaluation mode, without gradients.
-        x0: data, ``[B, *event]``.
+        x0: data, ``[B, *event]``; moved to the network's device, should they be elsewhere.
         method: one of the above.
         repeats: independent repetitions R; from 2 on there is a standard error over noise.
         seed: of everything; the global generators end as they began.
@@ -74,6 +75,7 @@ def log_likelihood(
                 f"{', '.join(options_of(method))}"
             )
     common = {"repeats": repeats, "seed": seed, "batch_size": batch_size, "progress": progress}
+    x0, options = to_network(diffusion.net, x0, options)
     return METHODS[method](diffusion, x0, **common, **options)
 
 
