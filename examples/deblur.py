@@ -360,6 +360,7 @@ def main(
     )
     if fitted.interrupted:
         return
+    diffusion.cpu()  # it may have been trained on a GPU
     lines = [f"{fitted.steps} training steps, best at {fitted.best_step}; the bound of all 1000 steps:"]
     torch.manual_seed(2)
     for name, x in (("china.jpg, held out", held_out), ("flower.jpg", patches(flower, scored, seed=2))):

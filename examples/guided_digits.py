@@ -56,6 +56,7 @@ def main(
         batch_size=64,
         lr=3e-3,
         ema_decay=0.99,
+        device="cpu",
     )
     entropy, accuracy = classifier.score(data.test, data.test_labels)
     print(f"noisy test digits, over all t: cross-entropy {entropy} nats, {100 * accuracy:.0f} % right")
