@@ -14,6 +14,7 @@ PYTEST_ARGS ?=
 
 # `make gpu`: what the command line is asked to train, and where it writes
 GPU_RUN      ?= runs/gpu-demo
+GPU_TESTS    := $(shell grep -l "mark.gpu" tests/test_*.py)
 GPU_TRAINING ?= -m pyrodiff train digits --device cuda --training.precision bf16 --out $(GPU_RUN)
 
 FUZZ_SECONDS ?= 60
@@ -103,11 +104,11 @@ typecheck: $(PREPARED)  ## mypy over the library
 # A GPU machine often has a bare pytest: options and settings of plugins are no error here.
 gpu: $(PREPARED)  ## tests marked gpu and a training run on CUDA; says so and ends well where there is none
 	@rc=0; $(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)' || rc=$$?; \
-	if [ $$rc -eq 3 ]; then echo "make gpu: SKIPPED, torch sees no CUDA device on this machine"; exit 0; fi; \
+	if [ $$rc -eq 3 ]; then echo "make gpu: SKIPPED, torch sees no CUDA device on this machine (simulated: make test-slow PYTEST_ARGS=tests/test_simulated_cuda.py)"; exit 0; fi; \
 	if [ $$rc -ne 0 ]; then echo "make gpu: could not ask torch for a CUDA device" >&2; exit $$rc; fi; \
 	set -ex; \
 	$(PY) -m pytest -o addopts=--strict-markers -W ignore::pytest.PytestConfigWarning \
-	    -m gpu $(PYTEST_ARGS); \
+	    -m gpu $(GPU_TESTS) $(PYTEST_ARGS); \
 	$(PY) $(GPU_TRAINING)
 
 bench: $(PREPARED)  ## run every script in benchmarks/

@@ -58,6 +58,36 @@ def moved(trace: poutine.Trace) -> poutine.Trace:
     return trace
 
 
+def test_what_else_the_tests_here_rest_on():
+    """Of any CUDA device, and of the simulated one: it refuses the CPU's tensors and generators, and draws numbers of its own."""
+    ours, cpus = torch.arange(3.0, device="cuda"), torch.arange(3.0)
+    for mixed in (
+        lambda: ours + cpus,
+        lambda: cpus.add_(ours),
+        lambda: torch.cat([ours, cpus]),
+        lambda: torch.where(ours > 1, ours, cpus),
+        lambda: torch.nn.functional.linear(ours, cpus[None]),
+        lambda: cpus[ours.long()],
+        lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
+        lambda: torch.zeros(3, device="cuda:99"),
+    ):
+        with pytest.raises(RuntimeError):
+            mixed()
+    with pytest.raises(TypeError):
+        ours.numpy()
+    assert (ours + cpus[1])[cpus.long()].tolist() == [1, 2, 3]  # numbers and indices may be the CPU's
+    before = torch.get_rng_state()
+    with torch.random.fork_rng([ours.device]):
+        torch.cuda.manual_seed(1)
+        first, state = torch.randn(4, device="cuda"), torch.cuda.get_rng_state()
+        after = torch.randn(4, device="cuda")
+        torch.cuda.set_rng_state(state)
+        assert torch.equal(torch.randn(4, device="cuda"), after) and not torch.equal(first, after)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert (ours[:, None] @ ours[None]).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("kl", ["analytic", "monte_carlo"])
 @pytest.mark.parametrize("one_step", [False, True])
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])

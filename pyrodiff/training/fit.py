@@ -139,7 +139,7 @@ def fit(
             one before (``model.previous.safetensors``); None: nowhere.
         resume: continue from the folder's ``resume.safetensors``, bit for bit on the same machine and versions.
         seed: of data order, noise and timesteps.
-        device: default: CUDA where there is one.
+        device: default: CUDA where there is one. The diffusion is moved there, and stays.
         progress: show a progress bar, with bits/dim (or the objective's loss) and the time left.
 
     Raises:
