@@ -1184,8 +1184,8 @@ MUTANTS = [
     Mutant(
         "scaled_linear as linear",
         "interop/diffusers.py",
-        "torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2",
-        "torch.linspace(start, end, steps, dtype=torch.float64)",
+        'torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64, device="cpu") ** 2',
+        'torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")',
         "test_interop_diffusers_peer.py::test_schedules",
     ),
     Mutant(
