@@ -141,6 +141,36 @@ def test_elbo_terms_run_there_and_agree_within_their_noise(tmp_path: Path):
     )
 
 
+def compared(diffusion: GaussianDiffusion, x0: torch.Tensor):
+    return pyrodiff.compare_estimators(diffusion, x0, timesteps=(1,), iwae=(2,), gradients=None).values
+
+
+SCORES = {
+    "elbo_terms": lambda d, x0: elbo_terms(d, x0, t=4).draws["analytic"][1],
+    "log_likelihood": lambda d, x0: pyrodiff.log_likelihood(d, x0, "immse", points=4).draws,
+    "estimate_elbo": lambda d, x0: pyrodiff.estimate_elbo(d, x0, se=1e3).mean,
+    "compare_estimators": lambda d, x0: compared(d, x0)["mean"].dropna().to_numpy(),
+    "invert": lambda d, x0: pyrodiff.invert(d, x0),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_data_are_scored_where_the_network_is(name: str):
+    diffusion, x0 = make(4).cuda(), images(16)
+    before = x0.clone()
+    found = [torch.as_tensor(SCORES[name](diffusion, x)) for x in (x0, x0.cuda())]
+    assert found[0].device == found[1].device and found[0].shape == found[1].shape
+    assert all(value.isfinite().all() for value in found)
+    assert torch.equal(x0, before)
+
+
+def test_a_classifier_is_scored_where_it_is():
+    net = pyrodiff.nets.MLP(3, width=8, depth=1, out_features=2)
+    classifier = pyrodiff.NoisyClassifier(net, CosineSchedule(4), (3,)).cuda()
+    entropy, share = classifier.score(torch.randn(6, 3), torch.arange(6) % 2)
+    assert entropy.mean > 0 and 0 <= share <= 1
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("rule", loop.TIMESTEPS)
 def test_resuming_there_continues_bit_for_bit(precision: str, rule: str, tmp_path: Path):
