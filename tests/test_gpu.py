@@ -149,7 +149,7 @@ SCORES = {
     "elbo_terms": lambda d, x0: elbo_terms(d, x0, t=4).draws["analytic"][1],
     "log_likelihood": lambda d, x0: pyrodiff.log_likelihood(d, x0, "immse", points=4).draws,
     "estimate_elbo": lambda d, x0: pyrodiff.estimate_elbo(d, x0, se=1e3).mean,
-    "compare_estimators": lambda d, x0: compared(d, x0)["mean"].dropna().to_numpy(),
+    "compare_estimators": lambda d, x0: compared(d, x0)["mean"].dropna().to_numpy(copy=True),
     "invert": lambda d, x0: pyrodiff.invert(d, x0),
 }
 
