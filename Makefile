@@ -12,10 +12,9 @@ WORKERS     ?= 2
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST_ARGS ?=
 
-# `make gpu`: what the command line is asked to train, and where it writes
-GPU_RUN      ?= runs/gpu-demo
+# `make gpu`: what the command line is asked to train
 GPU_TESTS    := $(shell grep -l "mark.gpu" tests/test_*.py)
-GPU_TRAINING ?= -m pyrodiff train digits --device cuda --training.precision bf16 --out $(GPU_RUN)
+GPU_TRAINING ?= -m pyrodiff train digits --device cuda --training.precision bf16
 
 FUZZ_SECONDS ?= 60
 
@@ -100,10 +99,10 @@ format: $(PREPARED)  ## let ruff repair what it can
 typecheck: $(PREPARED)  ## mypy over the library
 	$(PY) -m mypy
 
-# Exit code 3 stands for "no CUDA", so that a broken torch is still an error.
+# Exit code 3 stands for "no CUDA", so that a broken torch is still an error, and so is a driver too old for it (a warning of torch's).
 # A GPU machine often has a bare pytest: options and settings of plugins are no error here.
 gpu: $(PREPARED)  ## tests marked gpu and a training run on CUDA; says so and ends well where there is none
-	@rc=0; $(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)' || rc=$$?; \
+	@rc=0; $(PY) -c 'import sys, torch, warnings; warnings.simplefilter("error"); sys.exit(0 if torch.cuda.is_available() else 3)' || rc=$$?; \
 	if [ $$rc -eq 3 ]; then echo "make gpu: SKIPPED, torch sees no CUDA device on this machine (simulated: make test-slow PYTEST_ARGS=tests/test_simulated_cuda.py)"; exit 0; fi; \
 	if [ $$rc -ne 0 ]; then echo "make gpu: could not ask torch for a CUDA device" >&2; exit $$rc; fi; \
 	set -ex; \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+import warnings
 import zlib
 from pathlib import Path
 
@@ -60,7 +61,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if rows := marked(item):
             item.user_properties.append(("rows", sorted(rows)))
-    if torch.cuda.is_available():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a driver older than torch's CUDA: no device, like none at all
+        available = torch.cuda.is_available()
+    if available:
         return
     no_cuda = pytest.mark.skip(reason="needs CUDA, and torch sees no CUDA device")
     for item in items:
@@ -130,3 +134,16 @@ def clean_slate(request: pytest.FixtureRequest):
     if changed:
         restore(before)  # the tests after this one are not to blame
         pytest.fail("the test left global state changed: " + ", ".join(changed), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def full_precision(request: pytest.FixtureRequest):
+    """TensorFloat-32, cuDNN's default, keeps ten bits of a product: no ground for comparing with a CPU, or two batch sizes."""
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = products.fp32_precision, convolutions.fp32_precision
+    products.fp32_precision = convolutions.fp32_precision = "ieee"
+    yield
+    products.fp32_precision, convolutions.fp32_precision = before

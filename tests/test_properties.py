@@ -377,7 +377,7 @@ def test_programs(diffusion, batch, seed):
         again = poutine.trace(poutine.replay(diffusion.guide, guide)).get_trace(x0)
         return sum(pyrodiff.elbo.site_terms(model, again).values())
 
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         state = torch.get_rng_state()
 
         def fixed(x0: Tensor) -> Tensor:
@@ -546,7 +546,7 @@ def test_seeds(numbers, others):
     with _tensor.seeded(cpu, *numbers):
         first = torch.randn(8)
     assert torch.equal(torch.get_rng_state(), before)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         _tensor.seed_everything(cpu, *numbers)
         assert torch.equal(torch.randn(8), first)
         _tensor.seed_everything(cpu, *others)

@@ -374,7 +374,8 @@ def _forward_order(
     diffusion = diffusion.respace(range(1, diffusion.steps + 1))  # a twin, to be scored without SVI's N / B
     diffusion.data_size = None
     started, scope = time.perf_counter(), pyro.get_param_store().scope()
-    with scope, torch.random.fork_rng(), diffusion.evaluating(), torch.no_grad(), warnings.catch_warnings():
+    generators = torch.random.fork_rng(range(torch.cuda.device_count()))
+    with scope, generators, diffusion.evaluating(), torch.no_grad(), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.simplefilter("ignore", UserWarning)  # Pyro's, about the order
         for part in (torch.arange(repeats * len(x0), device="cpu") % len(x0)).split(batch_size):

@@ -112,7 +112,9 @@ def check_device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
-        torch.zeros((), device=found).item()
+        # under torchrun a process looks at its own GPU alone: each it touches keeps half a gigabyte for it
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if found == torch.device("cuda") else found
+        torch.zeros((), device=own).item()
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise OptionError(f"device={str(device)!r} cannot be used: {reason}") from None

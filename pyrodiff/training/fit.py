@@ -137,7 +137,8 @@ def fit(
         validation_timesteps: timesteps per validation image.
         folder: where to keep ``model.safetensors`` (the best), ``resume.safetensors`` and ``metrics.jsonl``, and of the first two the
             one before (``model.previous.safetensors``); None: nowhere.
-        resume: continue from the folder's ``resume.safetensors``, bit for bit on the same machine and versions.
+        resume: continue from the folder's ``resume.safetensors``, bit for bit on the same machine and versions; on CUDA, where
+            the network has no convolutions or attention, whose gradients add up in another order each time.
         seed: of data order, noise and timesteps.
         device: default: CUDA where there is one. The diffusion is moved there, and stays.
         progress: show a progress bar, with bits/dim (or the objective's loss) and the time left.
