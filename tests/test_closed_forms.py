@@ -953,7 +953,7 @@ def discrete_nelbo(steps, rule, decoder="openai"):
     [
         (50, "large", 7.920607),
         (200, "small", 8.654038),
-        (200, "large", 7.692277),
+        pytest.param(200, "large", 7.692277, marks=pytest.mark.slow),
     ],
 )
 def test_discrete_data(steps, rule, printed):

@@ -485,6 +485,7 @@ def test_every_mistake_raises(validation, figure):
     figure("Q8", f"mistakes that raise, validation {mode}", len(MISTAKES) - len(wrong), at_least=len(MISTAKES))
 
 
+@pytest.mark.slow
 @pytest.mark.reliability("Q8")
 def test_every_mistake_raises_under_optimisation(figure):
     run = subprocess.run(

@@ -184,7 +184,7 @@ def c2st(x: Tensor, y: Tensor) -> float:
 
 @pytest.mark.monte_carlo
 @pytest.mark.reliability("Q12")
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("variance", ["fixed_small", pytest.param("fixed_large", marks=pytest.mark.slow)])
 def test_samples_have_the_moments_of_the_recursion(variance, figure):
     """A hundred thousand, of fifty steps; and samplers with the other variance, a scale of 0.8 and a shift of 0.2 are rejected."""
     n = 100_000
