@@ -63,8 +63,8 @@ demo: $(VENV)/.installed-demo  ## train on 8x8 digits, print bits per dimension,
 docs: $(if $(PREPARED),$(VENV)/.installed-docs)  ## the documentation, every notebook executed; warnings are errors: docs/_build/html/index.html
 	$(PY) -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
-docs-check: docs $(PREPARED)  ## the built pages: links, texts of pictures, and every page in Chromium at two widths, where there is one
-	DOCS_HTML=docs/_build/html $(PY) -m pytest tests/test_docs_browser.py $(PYTEST_ARGS)
+docs-check: docs $(PREPARED)  ## the built pages: links, texts of pictures, every page in Chromium at two widths, where there is one; and what was installed for them
+	DOCS_HTML=docs/_build/html $(PY) -m pytest tests/test_docs_browser.py tests/test_readme.py $(PYTEST_ARGS)
 
 test: $(PREPARED)  ## the suite without the tests marked slow (those that need CUDA skip themselves where there is none)
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
