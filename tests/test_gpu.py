@@ -163,6 +163,22 @@ def test_a_classifier_is_scored_where_it_is():
     assert entropy.mean > 0 and 0 <= share <= 1
 
 
+def interrupted(diffusion: GaussianDiffusion, cut: int, *args, **options) -> loop.Fit:
+    """A run that Ctrl-C ends in step ``cut``."""
+    calls = [0]
+
+    def stop(module, args, output):
+        calls[0] += module.training
+        if module.training and calls[0] == cut:
+            signal.raise_signal(signal.SIGINT)
+
+    hook = diffusion.net.register_forward_hook(stop)
+    result = fit(diffusion, *args, **options)
+    hook.remove()
+    assert result.interrupted
+    return result
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("rule", loop.TIMESTEPS)
 def test_resuming_there_continues_bit_for_bit(precision: str, rule: str, tmp_path: Path):
@@ -180,17 +196,7 @@ def test_resuming_there_continues_bit_for_bit(precision: str, rule: str, tmp_pat
     assert next(whole.parameters()).device.type == "cuda"
     assert torch.equal(torch.cuda.get_rng_state(), before)
     for cut in (1, 5, 8):
-        first, calls = build(), [0]
-
-        def stop(module, args, output, calls=calls, cut=cut):
-            calls[0] += module.training
-            if module.training and calls[0] == cut:
-                signal.raise_signal(signal.SIGINT)
-
-        hook = first.net.register_forward_hook(stop)
-        result = fit(first, data, data[:8], folder=tmp_path / str(cut), **options)
-        hook.remove()
-        assert result.interrupted and result.steps == cut
+        assert interrupted(build(), cut, data, data[:8], folder=tmp_path / str(cut), **options).steps == cut
         second = build()
         fit(second, data, data[:8], folder=tmp_path / str(cut), resume=True, **options)
         for key, value in whole.state_dict().items():
@@ -198,6 +204,26 @@ def test_resuming_there_continues_bit_for_bit(precision: str, rule: str, tmp_pat
         trees = [checkpoint.read(tmp_path / n / "resume.safetensors", kind="resume") for n in ("whole", str(cut))]
         for a, b in zip(*(tree["ema"]["average"] for tree in trees), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("first", "second"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_run_goes_on_elsewhere(first: str, second: str, tmp_path: Path):
+    """From what the other device left, to the bit; the noise after that is each device's own."""
+    data, options = images(64), {"steps": 8, "batch_size": 16, "folder": tmp_path, "progress": False}
+    other = make()
+    assert interrupted(make(), 4, data, data[:8], device=first, **options).steps == 4
+    left = checkpoint.read(tmp_path / "resume.safetensors", kind="resume")
+    seen = []
+    hook = other.net.register_forward_pre_hook(
+        lambda module, _: seen.append({k: v.cpu().clone() for k, v in other.state_dict().items()})
+    )
+    result = fit(other, data, data[:8], device=second, resume=True, **options)
+    hook.remove()
+    assert result.steps == 8 and result.skipped == 0 and next(other.parameters()).device.type == second
+    for key, value in left["weights"].items():
+        assert torch.equal(value, seen[0][key]), key
+    after = checkpoint.read(tmp_path / "resume.safetensors", kind="resume")
+    assert after["ema"]["updates"] == left["ema"]["updates"] + 4
 
 
 def test_a_non_finite_step_is_skipped_there():
